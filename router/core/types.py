@@ -1,0 +1,180 @@
+"""The nouns that the core and its shell share, all of them frozen."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to check an https node. `ca`: path of a PEM bundle, None for the system's."""
+
+    ca: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """One Ollama server, as configured. Its identity is its `url`: a renamed node keeps its state.
+
+    `url` is `scheme://host[:port][/prefix]` without a trailing slash, host in lower case,
+    IPv6 in brackets; `host` has no brackets and `port` is always filled in.
+    """
+
+    name: str
+    url: str
+    scheme: str
+    host: str
+    port: int
+    prefix: str = ""
+    slots: int = 1
+    weight: float = 1.0
+    models: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    tls: Tls = Tls()
+
+    @property
+    def authority(self) -> str:
+        """What the node is told in `Host`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        default = 443 if self.scheme == "https" else 80
+        return host if self.port == default else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Nodes that can stand in for each other."""
+
+    name: str
+    nodes: tuple[NodeSpec, ...]
+
+
+class Policy(enum.StrEnum):
+    """How a node is chosen among those that are eligible."""
+
+    LEAST_IN_FLIGHT = "least-in-flight"
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All that the core needs of a configuration. Pools are tried in their order."""
+
+    pools: tuple[PoolSpec, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    policy: Policy = Policy.LEAST_IN_FLIGHT
+    up_after: int = 2
+    down_after: int = 3
+
+
+class FailureKind(enum.StrEnum):
+    """What went wrong between the router and a node."""
+
+    REFUSED = "refused"  # nobody listens there
+    CONNECT = "connect"  # no route, no name, TLS refused, connect limit passed
+    RESET = "reset"  # the connection ended before the answer was whole
+    GARBAGE = "garbage"  # what came back is not HTTP, or is framed wrongly
+    FIRST_BYTE_TIMEOUT = "first-byte-timeout"
+    STALLED = "stalled"  # nothing between two records for too long
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failed attempt: what happened, and what is known of how far it had come.
+
+    `sent`: at least one byte of the request left for the node. `reused`: it went out on a
+    connection that had carried a request before. `received`: at least one byte came back.
+    `detail` is for logs and error texts and never holds bytes of a request or a secret.
+    """
+
+    kind: FailureKind
+    sent: bool = False
+    reused: bool = False
+    received: bool = False
+    detail: str = ""
+
+
+class Sign(enum.StrEnum):
+    """What one look at a node said about its health."""
+
+    GOOD = "good"
+    BAD = "bad"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One entry of a node's `/api/tags` (present) or `/api/ps` (resident).
+
+    `key` is the canonical name; `entry` is the node's own JSON object, whole.
+    """
+
+    key: str
+    digest: str
+    entry: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a probe learned. None means that it was not asked, or gave no usable answer."""
+
+    sign: Sign | None = None
+    version: str | None = None
+    present: Mapping[str, Model] | None = None
+    resident: Mapping[str, Model] | None = None
+    detail: str = ""
+
+
+class Health(enum.StrEnum):
+    """What the probes say of a node."""
+
+    UNKNOWN = "unknown"  # not probed yet
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A node's health changed; `reason` says why, for the log."""
+
+    node: str
+    was: Health
+    now: Health
+    reason: str
+
+
+class Reason(enum.StrEnum):
+    """Why a node was chosen."""
+
+    PINNED = "pinned"
+    ONLY = "only-node"
+    LEAST_IN_FLIGHT = "least-in-flight"
+    LATER_POOL = "later-pool"
+
+
+class Refusal(enum.StrEnum):
+    """Why no node was chosen."""
+
+    BAD_NAME = "bad-name"
+    UNKNOWN_PIN = "unknown-pin"
+    AMBIGUOUS_PIN = "ambiguous-pin"
+    PIN_DOWN = "pin-down"
+    NOT_ON_PIN = "not-on-pin"
+    NO_MODEL = "no-model"
+    NODES_DOWN = "nodes-down"
+    ALL_TRIED = "all-tried"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """No lease. `nodes` are those that the refusal is about, with their names and addresses."""
+
+    refusal: Refusal
+    nodes: tuple[NodeSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended: `failure` None means that the node answered, whatever it said."""
+
+    failure: Failure | None = None

@@ -1,0 +1,123 @@
+"""Small builders for the core's tests: a node in one line, a pool in another."""
+
+from collections.abc import Iterable, Mapping
+from urllib.parse import urlsplit
+
+from router.core.node import Node
+from router.core.policy import Target
+from router.core.pool import Attempt, Lease, Pool
+from router.core.types import (
+    Model,
+    NodeSpec,
+    Observation,
+    PoolSpec,
+    Rejected,
+    Sign,
+    Topology,
+)
+
+_PORTS = {"http": 80, "https": 443}
+
+
+def spec(
+    name: str, url: str = "", *, slots: int = 1, weight: float = 1.0, models: tuple[str, ...] = ()
+) -> NodeSpec:
+    """A node as the configuration would give it; without a url its name is its host."""
+    url = url or f"http://{name}:11434"
+    parts = urlsplit(url)
+    return NodeSpec(
+        name=name,
+        url=url,
+        scheme=parts.scheme,
+        host=parts.hostname or "",
+        port=parts.port or _PORTS[parts.scheme],
+        prefix=parts.path,
+        slots=slots,
+        weight=weight,
+        models=models,
+    )
+
+
+def models(keys: Iterable[str]) -> Mapping[str, Model]:
+    return {key: Model(key, f"digest of {key}", {"name": key}) for key in keys}
+
+
+def seen(
+    *keys: str,
+    sign: Sign | None = Sign.GOOD,
+    resident: Iterable[str] | None = None,
+    version: str | None = None,
+    detail: str = "",
+) -> Observation:
+    """What a probe that found these models present reports."""
+    return Observation(
+        sign=sign,
+        version=version,
+        present=models(keys),
+        resident=None if resident is None else models(resident),
+        detail=detail,
+    )
+
+
+def felt(sign: Sign | None, detail: str = "") -> Observation:
+    """A probe that learned nothing but a sign of health."""
+    return Observation(sign=sign, detail=detail)
+
+
+def node(spec: NodeSpec, *keys: str, up: bool = True, in_flight: int = 0) -> Node:
+    """A node that has been probed once."""
+    made = Node(spec, "default", now=0.0)
+    made.learn(seen(*keys))
+    made.feel(Sign.GOOD if up else Sign.BAD, up_after=2, down_after=3, now=0.0)
+    made.in_flight = in_flight
+    return made
+
+
+def topology(
+    *pools: Iterable[NodeSpec],
+    aliases: Mapping[str, str] | None = None,
+    up_after: int = 2,
+    down_after: int = 3,
+) -> Topology:
+    return Topology(
+        pools=tuple(PoolSpec(f"pool-{i}", tuple(nodes)) for i, nodes in enumerate(pools)),
+        aliases=aliases or {},
+        up_after=up_after,
+        down_after=down_after,
+    )
+
+
+def ready(
+    topology: Topology, present: Mapping[str, Iterable[str]], down: Iterable[str] = ()
+) -> Pool:
+    """A pool after its first probe round: what each node has by the node's name."""
+    pool = Pool(topology, now=0.0)
+    for spec in pool.specs():
+        sign = Sign.BAD if spec.name in down else Sign.GOOD
+        pool.observe(spec.url, seen(*present.get(spec.name, ()), sign=sign), now=0.0)
+    return pool
+
+
+def attempt(pool: Pool, text: str, tried: Iterable[str] = ()) -> Attempt:
+    target = pool.resolve(text)
+    assert isinstance(target, Target), target
+    return Attempt(target, frozenset(tried))
+
+
+def ask(pool: Pool, text: str, tried: Iterable[str] = ()) -> Lease | Rejected:
+    """What a client that names this model meets."""
+    target = pool.resolve(text)
+    return (
+        target if isinstance(target, Rejected) else pool.submit(Attempt(target, frozenset(tried)))
+    )
+
+
+def lease(pool: Pool, text: str, tried: Iterable[str] = ()) -> Lease:
+    verdict = ask(pool, text, tried)
+    assert isinstance(verdict, Lease), verdict
+    return verdict
+
+
+def in_flight(pool: Pool) -> dict[str, int]:
+    """The count of each node by its name."""
+    return {view.spec.name: view.in_flight for view in pool.snapshot()}

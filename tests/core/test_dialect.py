@@ -1,0 +1,490 @@
+"""The APIs as one table, what routes a body, and how each API says that something failed."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core import peek
+from router.core.dialect import (
+    ROUTES,
+    Call,
+    Family,
+    Framing,
+    Kind,
+    Route,
+    dumps,
+    error_body,
+    error_record,
+    error_type,
+    find,
+    is_final,
+    parse,
+    refusal,
+    rename,
+)
+from router.core.types import Refusal, Rejected
+from tests.core.build import spec
+
+NATIVE, OPENAI, ANTHROPIC = Family.NATIVE, Family.OPENAI, Family.ANTHROPIC
+ON, OFF, NEVER = True, False, None
+MODEL, MODEL_OR_NAME = ("model",), ("model", "name")
+
+# Routed to one node: whose API, where the model is, the default of `stream`.
+ROUTED = {
+    "/api/chat": (NATIVE, MODEL, ON),
+    "/api/generate": (NATIVE, MODEL, ON),
+    "/api/embed": (NATIVE, MODEL, NEVER),
+    "/api/embeddings": (NATIVE, MODEL, NEVER),
+    "/api/show": (NATIVE, MODEL_OR_NAME, NEVER),
+    "/v1/chat/completions": (OPENAI, MODEL, OFF),
+    "/v1/completions": (OPENAI, MODEL, OFF),
+    "/v1/embeddings": (OPENAI, MODEL, NEVER),
+    "/v1/responses": (OPENAI, MODEL, OFF),
+    "/v1/messages": (ANTHROPIC, MODEL, OFF),
+}
+
+OTHERS = {
+    "/": ("GET HEAD", Kind.LOCAL, NATIVE),
+    "/api/version": ("GET HEAD", Kind.LOCAL, NATIVE),
+    "/api/tags": ("GET HEAD", Kind.LOCAL, NATIVE),
+    "/api/ps": ("GET", Kind.LOCAL, NATIVE),
+    "/v1/models": ("GET", Kind.LOCAL, OPENAI),
+    "/v1/models/:model": ("GET", Kind.LOCAL, OPENAI),
+    "/v1/audio/transcriptions": ("POST", Kind.UNBUILT, OPENAI),
+    "/api/pull": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/push": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/create": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/copy": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/delete": ("DELETE", Kind.UNBUILT, NATIVE),
+    "/api/blobs/:digest": ("HEAD POST", Kind.UNBUILT, NATIVE),
+    "/api/me": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/signout": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/user/keys/:key": ("DELETE", Kind.UNBUILT, NATIVE),
+    "/api/status": ("GET", Kind.UNBUILT, NATIVE),
+    "/api/experimental/web_search": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/experimental/web_fetch": ("POST", Kind.UNBUILT, NATIVE),
+    "/api/experimental/model-recommendations": ("GET", Kind.UNBUILT, NATIVE),
+}
+
+MISSING = {
+    "/api/chat": "model 'NOPE' not found",
+    "/api/generate": "model 'NOPE' not found",
+    "/api/show": "model 'nope:latest' not found",
+    "/api/embed": 'model "NOPE" not found, try pulling it first',
+    "/v1/chat/completions": "model 'NOPE' not found",
+    "/v1/completions": "model 'NOPE' not found",
+    "/v1/embeddings": 'model "NOPE" not found, try pulling it first',
+    "/v1/responses": "model 'NOPE' not found",
+    "/v1/messages": "model 'NOPE' not found",
+}
+
+FINAL = {
+    "/api/chat": b'{"model":"m","message":{"role":"assistant","content":""},"done":true}\n',
+    "/api/generate": b'{"model":"m","response":"","done":true,"done_reason":"stop"}\n',
+    "/v1/chat/completions": b"data: [DONE]\n\n",
+    "/v1/completions": b"data: [DONE]\n\n",
+    "/v1/responses": b'event: response.completed\ndata: {"type":"response.completed"}\n\n',
+    "/v1/messages": b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+}
+
+
+def route(path: str) -> Route:
+    found = find(path)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("path", "expected"), ROUTED.items(), ids=ROUTED)
+def test_routed(path: str, expected: tuple[Family, tuple[str, ...], bool | None]) -> None:
+    row = route(path)
+    assert (row.family, row.model_in, row.streams) == expected
+    assert (row.kind, row.methods) == (Kind.ROUTED, ("POST",))
+
+
+@pytest.mark.parametrize(("path", "expected"), OTHERS.items(), ids=OTHERS)
+def test_not_routed(path: str, expected: tuple[str, Kind, Family]) -> None:
+    row = route(path)
+    assert (" ".join(sorted(row.methods)), row.kind, row.family) == expected
+
+
+def test_the_tables_are_the_whole_api() -> None:
+    assert Counter(row.path for row in ROUTES) == Counter([*ROUTED, *OTHERS])
+
+
+@pytest.mark.parametrize(("path", "text"), MISSING.items(), ids=MISSING)
+def test_text_of_404(path: str, text: str) -> None:
+    assert route(path).missing.format(name="NOPE", key="nope:latest") == text
+
+
+def test_every_stream_has_a_last_record_to_be_known_by() -> None:
+    assert {row.path for row in ROUTES if row.final} == set(FINAL)
+    assert all(row.final in FINAL[row.path] for row in ROUTES if row.final)
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("/v1/models/llama3:8b", "/v1/models/:model"),
+        ("/v1/models/m@gpu-1", "/v1/models/:model"),
+        ("/api/blobs/sha256:abc", "/api/blobs/:digest"),
+        ("/api/user/keys/k", "/api/user/keys/:key"),
+    ],
+)
+def test_last_segment_may_be_a_value(path: str, label: str) -> None:
+    assert route(path).path == label
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "//",
+        "/api",
+        "/api/",
+        "/api/chat/",
+        "/api//chat",
+        "/API/chat",
+        "api/chat",
+        "/api/blobs",
+        "/api/blobs/",
+        "/v1/models/",
+        "/v1/models/ns/m",
+        "/v1/messages/count_tokens",
+        "/v1/images/generations",
+        "/x",
+        "/metrics",
+    ],
+)
+def test_unknown_path(path: str) -> None:
+    assert find(path) is None
+
+
+def call(path: str, body: bytes) -> Call:
+    return parse(route(path), body)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "model"),
+    [
+        ("/api/chat", b'{"model":"m"}', "m"),
+        ("/api/chat", b'{"MODEL":"a","model":"b"}', "b"),
+        ("/api/chat", b'{"model":" m "}', " m "),
+        ("/api/chat", b'{"model":"m\\u0040gpu-1"}', "m@gpu-1"),
+        ("/api/chat", b'{"model":"m"} trailing', "m"),
+        ("/api/chat", b'{"name":"m"}', ""),
+        ("/api/chat", b'{"model":""}', ""),
+        ("/api/chat", b'{"model":" "}', ""),
+        ("/api/chat", b'{"model":null}', ""),
+        ("/api/chat", b'{"model":7}', ""),
+        ("/api/chat", b'{"model":["m"]}', ""),
+        ("/api/chat", b'{"model":"\\x"}', ""),
+        ("/api/chat", b'{"messages":[{"model":"m"}]}', ""),
+        ("/api/chat", b"{}", ""),
+        ("/api/chat", b"", ""),
+        ("/api/chat", b"\xff", ""),
+        ("/api/chat", b'{"model":"m"', ""),
+        ("/api/show", b'{"name":"n"}', "n"),
+        ("/api/show", b'{"name":"n","model":"m"}', "m"),
+        ("/api/show", b'{"model":"","name":"n"}', "n"),
+        ("/api/show", b'{"model":null,"Name":"n"}', "n"),
+        ("/v1/messages", b'{"max_tokens":1,"model":"m"}', "m"),
+    ],
+)
+def test_model_of_a_body(path: str, body: bytes, model: str) -> None:
+    found = call(path, body)
+    assert found.model == model
+    assert (found.span is not None) is bool(model)
+    if found.span:
+        assert peek.text(body, found.span) == model
+
+
+@pytest.mark.parametrize(
+    ("body", "native", "foreign"),
+    [
+        (b'{"stream":true}', True, True),
+        (b'{"stream":false}', False, False),
+        (b'{"stream":null}', True, False),
+        (b"{}", True, False),
+        (b'{"stream":"false"}', True, False),
+        (b'{"stream":0}', True, False),
+        (b'{"Stream":false,"stream":true}', True, True),
+        (b'{"stream":true,"STREAM":false}', False, False),
+        (b'{"stream":false,"stream":null}', True, False),
+        (b'{"options":{"stream":false}}', True, False),
+        (b"not json", True, False),
+    ],
+)
+def test_stream_follows_the_default_of_its_api(body: bytes, native: bool, foreign: bool) -> None:
+    for path in ("/api/chat", "/api/generate"):
+        assert call(path, body).streams is native
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
+        assert call(path, body).streams is foreign
+    for path in ("/api/embed", "/api/embeddings", "/api/show", "/v1/embeddings"):
+        assert call(path, body).streams is False
+
+
+def test_a_bytearray_is_read_as_bytes_are() -> None:
+    body = b'{"model":"m@gpu-1","stream":false}'
+    found = parse(route("/api/chat"), bytearray(body))
+    assert found == call("/api/chat", body)
+    assert b"".join(rename(bytearray(body), found, "m")) == b'{"model":"m","stream":false}'
+
+
+@pytest.mark.parametrize(
+    ("body", "sent", "expected"),
+    [
+        (b'{"model":"m@gpu-1"}', "m", b'{"model":"m"}'),
+        (b'{ "model" : "m@gpu-1" , "x":1e400}z', "m", b'{ "model" : "m" , "x":1e400}z'),
+        (b'{"model":"a","Model":"b@c"}', "b", b'{"model":"a","Model":"b"}'),
+        (b'{"m":"\xff","model":"m\\u0040n"}', "m", b'{"m":"\xff","model":"m"}'),
+        (b'{"model":"chat"}', 'q"\\\n', b'{"model":"q\\"\\\\\\n"}'),
+        (b'{"model":"m\\u0061"}', "ma", b'{"model":"m\\u0061"}'),
+        (b'{"prompt":"m"}', "m", b'{"prompt":"m"}'),
+        (b"not json", "m", b"not json"),
+    ],
+)
+def test_rename_replaces_the_models_name_and_nothing_else(
+    body: bytes, sent: str, expected: bytes
+) -> None:
+    assert b"".join(rename(body, call("/api/chat", body), sent)) == expected
+
+
+_KEYS = st.text('mMoOdelname"\\\u212a', max_size=6).filter(lambda key: key.casefold() != "model")
+
+
+@given(
+    st.dictionaries(_KEYS, st.text() | st.none(), max_size=4),
+    st.text(min_size=1).filter(lambda text: bool(text.strip())),
+    st.text(),
+)
+def test_a_renamed_body_reads_the_same_but_for_the_model(
+    others: dict[str, str | None], model: str, sent: str
+) -> None:
+    before = {**others, "model": model, "then": others}
+    body = json.dumps(before, ensure_ascii=False).encode()
+    renamed = b"".join(rename(body, call("/api/chat", body), sent))
+    assert json.loads(renamed) == {**before, "model": sent}
+
+
+OPENAI_TYPES = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    401: "api_error",
+    413: "api_error",
+    429: "api_error",
+    500: "api_error",
+    501: "api_error",
+    502: "api_error",
+    503: "api_error",
+    504: "api_error",
+    508: "api_error",
+}
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+    413: "api_error",
+    500: "api_error",
+    501: "api_error",
+    502: "api_error",
+    504: "api_error",
+    508: "api_error",
+}
+ID = "req_0123456789abcdef01234567"
+
+ONE, TWO = spec("gpu-1", "http://10.0.0.11:11434"), spec("gpu-2", "https://gpu-2.example.com")
+REFUSED: dict[str, tuple[str, str, Rejected, int, str]] = {
+    "bad name": ("/api/chat", "a b", Rejected(Refusal.BAD_NAME), 400, "invalid model name"),
+    "unknown pin lists the nodes": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.UNKNOWN_PIN, (ONE, TWO)),
+        400,
+        (
+            "no such node; the nodes are: "
+            "gpu-1 (http://10.0.0.11:11434), gpu-2 (https://gpu-2.example.com)"
+        ),
+    ),
+    "ambiguous pin names those it fits": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.AMBIGUOUS_PIN, (ONE, TWO)),
+        400,
+        "several nodes have that address, pin one by its name: gpu-1, gpu-2",
+    ),
+    "pinned node down": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.PIN_DOWN, (ONE,)),
+        503,
+        "cannot connect to Ollama server at http://10.0.0.11:11434",
+    ),
+    "not on the pinned node": (
+        "/api/embed",
+        "x",
+        Rejected(Refusal.NOT_ON_PIN, (ONE,)),
+        404,
+        "model 'x' not found on http://10.0.0.11:11434",
+    ),
+    "no model: chat": ("/api/chat", "X", Rejected(Refusal.NO_MODEL), 404, "model 'X' not found"),
+    "no model: show": (
+        "/api/show",
+        "x",
+        Rejected(Refusal.NO_MODEL),
+        404,
+        "model 'x:latest' not found",
+    ),
+    "no model: embed": (
+        "/api/embed",
+        "x",
+        Rejected(Refusal.NO_MODEL),
+        404,
+        'model "x" not found, try pulling it first',
+    ),
+    "nodes down are named": (
+        "/v1/messages",
+        "m",
+        Rejected(Refusal.NODES_DOWN, (ONE, TWO)),
+        503,
+        "no node that has model 'm' is up: gpu-1, gpu-2",
+    ),
+    "nodes down for a body without a model": (
+        "/api/chat",
+        "",
+        Rejected(Refusal.NODES_DOWN, (ONE,)),
+        503,
+        "no node that has any model is up: gpu-1",
+    ),
+    "every node was tried": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.ALL_TRIED, (ONE, TWO)),
+        503,
+        "cannot connect to any node that has model 'm': gpu-1, gpu-2",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "rejected", "status", "text"), REFUSED.values(), ids=REFUSED
+)
+def test_refusal(path: str, model: str, rejected: Rejected, status: int, text: str) -> None:
+    assert refusal(route(path), model, rejected) == (status, text)
+
+
+def test_every_refusal_has_its_answer() -> None:
+    assert {rejected.refusal for _, _, rejected, _, _ in REFUSED.values()} == set(Refusal)
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+def test_native_error_is_one_string(status: int) -> None:
+    assert (
+        error_body(NATIVE, status, "model 'x' not found", ID)
+        == b"""{"error":"model 'x' not found"}"""
+    )
+
+
+@pytest.mark.parametrize(("status", "kind"), OPENAI_TYPES.items())
+def test_openai_error(status: int, kind: str) -> None:
+    assert json.loads(error_body(OPENAI, status, "why", ID)) == {
+        "error": {"message": "why", "type": kind, "param": None, "code": None}
+    }
+
+
+@pytest.mark.parametrize(("status", "kind"), ANTHROPIC_TYPES.items())
+def test_anthropic_error(status: int, kind: str) -> None:
+    assert json.loads(error_body(ANTHROPIC, status, "why", ID)) == {
+        "type": "error",
+        "error": {"type": kind, "message": "why"},
+        "request_id": ID,
+    }
+
+
+def test_content_type_of_an_error() -> None:
+    assert error_type(NATIVE) == "application/json; charset=utf-8"
+    assert error_type(OPENAI) == error_type(ANTHROPIC) == "application/json"
+
+
+RECORDS = {
+    "/api/chat": (Framing.NDJSON, b'{"error":"gone"}\n'),
+    "/api/generate": (Framing.NDJSON, b'{"error":"gone"}\n'),
+    "/v1/chat/completions": (
+        Framing.SSE,
+        b'data: {"error":{"message":"gone","type":"api_error","param":null,"code":null}}\n\n',
+    ),
+    "/v1/completions": (
+        Framing.SSE,
+        b'data: {"error":{"message":"gone","type":"api_error","param":null,"code":null}}\n\n',
+    ),
+    "/v1/responses": (
+        Framing.SSE,
+        (
+            b"event: error\n"
+            b'data: {"error":{"message":"gone","type":"api_error","param":null,"code":null}}\n\n'
+        ),
+    ),
+    "/v1/messages": (
+        Framing.SSE,
+        b"event: error\n"
+        b'data: {"type":"error","error":{"type":"api_error","message":"gone"},'
+        b'"request_id":"' + ID.encode() + b'"}\n\n',
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "expected"), RECORDS.items(), ids=RECORDS)
+def test_error_record_ends_a_stream_in_its_own_framing(
+    path: str, expected: tuple[Framing, bytes]
+) -> None:
+    framing, record = expected
+    assert error_record(route(path), framing, 502, "gone", ID) == record
+
+
+@given(st.text())
+def test_an_error_record_is_one_line_whoever_splits_it(message: str) -> None:
+    """The Python client cuts NDJSON at U+2028, U+0085 and their like too."""
+    record = error_record(route("/api/chat"), Framing.NDJSON, 502, message, ID)
+    assert json.loads(record) == {"error": message}
+    assert len(record.decode().splitlines()) == 1
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029"])
+def test_no_mark_that_a_client_takes_for_a_line_end_is_written_raw(mark: str) -> None:
+    assert len(dumps({"error": f"a{mark}b"}).decode().splitlines()) == 1
+
+
+def test_json_is_spaced_as_go_spaces_it() -> None:
+    assert dumps({"a": [1, None, True], "b": "é"}) == '{"a":[1,null,true],"b":"é"}'.encode()
+
+
+def test_a_lone_surrogate_can_be_told() -> None:
+    assert json.loads(dumps({"error": "a\ud800b"}))
+
+
+@pytest.mark.parametrize(
+    ("path", "records", "final"),
+    [
+        ("/api/chat", b'{"done":false}\n{"message":{},"done":true}\n', True),
+        ("/api/chat", b'{"done":true}', True),
+        ("/api/chat", b'{"message":{"tool_calls":[{"done":true}]},"done":false}\n', False),
+        ("/api/chat", b'{"error":"boom"}\n', False),
+        ("/api/chat", b"garbage\n", False),
+        ("/v1/chat/completions", b"data: {}\n\ndata: [DONE]\n\n", True),
+        ("/v1/chat/completions", b'data: {"delta":"data: [DONE]"}\n\n', False),
+        ("/v1/messages", b"event: message_stop\ndata: {}\n\n", True),
+        ("/v1/messages", b'event: ping\ndata: {"text":"event: message_stop"}\n\n', False),
+        ("/v1/responses", b"event: response.completed\ndata: {}\n\n", True),
+        ("/api/embed", b'{"done":true}', False),
+    ],
+)
+def test_the_last_record_of_a_complete_answer_is_read_and_not_guessed(
+    path: str, records: bytes, final: bool
+) -> None:
+    assert is_final(route(path), records) is final

@@ -1,0 +1,526 @@
+"""The pool: what a name means, who gets a lease, what a new configuration keeps."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core import dialect
+from router.core.policy import Target
+from router.core.pool import Attempt, Lease, Pool
+from router.core.types import (
+    Failure,
+    FailureKind,
+    Flip,
+    Health,
+    NodeSpec,
+    Outcome,
+    Reason,
+    Refusal,
+    Rejected,
+    Sign,
+)
+from tests.core.build import (
+    ask,
+    attempt,
+    felt,
+    in_flight,
+    lease,
+    models,
+    ready,
+    seen,
+    spec,
+    topology,
+)
+
+GPU_1, GPU_2 = spec("gpu-1"), spec("gpu-2")
+HAS = {
+    "gpu-1": ["llama3:8b", "phi:latest", "ollama/odd:latest"],
+    "gpu-2": ["llama3:8b", "codellama:34b"],
+}
+ALIASES = {
+    "chat": "llama3:8b",
+    "code": "codellama:34b@gpu-1",
+    "big:v2": "hf.co/Org/Big:Q4",
+    "phi:3b": "ollama/phi",
+    "there": "phi",
+    "far": "kimi:cloud",
+}
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return ready(topology([GPU_1, GPU_2], aliases=ALIASES), HAS)
+
+
+def refused(pool: Pool, text: str) -> Refusal:
+    verdict = ask(pool, text)
+    assert isinstance(verdict, Rejected), verdict
+    return verdict.refusal
+
+
+def reset(kind: FailureKind = FailureKind.RESET) -> Outcome:
+    return Outcome(Failure(kind, detail=f"it was {kind}"))
+
+
+DONE = Outcome()
+
+# what the client wrote: what the node is told, the key, the pin
+RESOLVED: dict[str, tuple[str, str, str | None]] = {
+    "llama3:8b": ("llama3:8b", "llama3:8b", None),
+    "phi": ("phi", "phi:latest", None),
+    "LLaMA3:8B": ("LLaMA3:8B", "llama3:8b", None),
+    "no-such": ("no-such", "no-such:latest", None),
+    "phi:local": ("phi:local", "phi:latest", None),
+    "gpt-oss:20b-cloud": ("gpt-oss:20b-cloud", "gpt-oss:20b-cloud", None),
+    # a pin is taken off
+    "llama3:8b@gpu-2": ("llama3:8b", "llama3:8b", "gpu-2"),
+    "LLaMA3@http://gpu-2:11434": ("LLaMA3", "llama3:latest", "http://gpu-2:11434"),
+    "gpt-oss:20b-cloud@gpu-2": ("gpt-oss:20b-cloud", "gpt-oss:20b-cloud", "gpu-2"),
+    " phi @ gpu-2 ": ("phi", "phi:latest", "gpu-2"),
+    # the prefix is taken off, unless a node has a model that is called so
+    "ollama/llama3:8b": ("llama3:8b", "llama3:8b", None),
+    "OLLAMA/llama3:8b": ("llama3:8b", "llama3:8b", None),
+    "ollama/no-such": ("no-such", "no-such:latest", None),
+    "ollama/odd": ("ollama/odd", "ollama/odd:latest", None),
+    "ollama/odd:8b": ("odd:8b", "odd:8b", None),
+    "ollama/hf.co/a/b:Q4": ("hf.co/a/b:Q4", "hf.co/a/b:q4", None),
+    "ollama/ollama/odd": ("ollama/odd", "ollama/odd:latest", None),
+    "ollama/llama3:8b@gpu-2": ("llama3:8b", "llama3:8b", "gpu-2"),
+    "ollama/odd@gpu-2": ("ollama/odd", "ollama/odd:latest", "gpu-2"),
+    # aliases
+    "chat": ("llama3:8b", "llama3:8b", None),
+    "CHAT:latest": ("llama3:8b", "llama3:8b", None),
+    "chat:8b": ("chat:8b", "chat:8b", None),
+    "chat@gpu-2": ("llama3:8b", "llama3:8b", "gpu-2"),
+    "ollama/chat": ("llama3:8b", "llama3:8b", None),
+    "code": ("codellama:34b", "codellama:34b", "gpu-1"),
+    "code@gpu-2": ("codellama:34b", "codellama:34b", "gpu-2"),
+    "big:V2": ("hf.co/Org/Big:Q4", "hf.co/org/big:q4", None),
+    "big": ("big", "big:latest", None),
+    "phi:3b": ("phi", "phi:latest", None),
+    "far": ("kimi:cloud", "kimi:cloud", None),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), RESOLVED.items(), ids=RESOLVED)
+def test_resolve(pool: Pool, text: str, expected: tuple[str, str, str | None]) -> None:
+    target = pool.resolve(text)
+    assert isinstance(target, Target)
+    assert target.model is not None
+    assert (target.sent, target.model.key, target.pin and target.pin.text) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("llama3:8b", "llama3:8b"),
+        (" llama3:8b", " llama3:8b"),
+        ("no-such ", "no-such "),
+        ("LLaMA3:8B", "LLaMA3:8B"),
+        ("ph\\u0069", "ph\\u0069"),
+        ("ph\\u0069\\n", "ph\\u0069\\n"),
+        (" llama3:8b@gpu-1 ", "llama3:8b"),
+        ("phi\\u0040gpu-1", "phi"),
+        ("ollama/Phi", "Phi"),
+        ("chat", "llama3:8b"),
+    ],
+)
+def test_a_body_goes_out_byte_for_byte_unless_something_is_taken_off(
+    pool: Pool, written: str, sent: str
+) -> None:
+    route = dialect.find("/api/chat")
+    assert route is not None
+    body = f'{{ "model":"{written}" }}'.encode()
+    call = dialect.parse(route, body)
+    target = pool.resolve(call.model)
+    assert isinstance(target, Target)
+    assert b"".join(dialect.rename(body, call, target.sent)) == f'{{ "model":"{sent}" }}'.encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a b",
+        "ollama/",
+        "ollama/a b",
+        "a:b:c",
+        "hf.co/model",
+        "phi@",
+        "@gpu-1",
+        "phi@sha256:abc",
+        "phi@me@gpu-1",
+        "phi@http://gpu-1/path",
+        "phi@gpu-1:cloud",
+        "a b@gpu-1",
+        "chat@gpu-1@gpu-2",
+        "phi:cloud:local",
+    ],
+)
+def test_a_bad_name_is_refused_whatever_the_nodes_do(pool: Pool, text: str) -> None:
+    assert refused(pool, text) is Refusal.BAD_NAME
+    down = ready(topology([GPU_1, GPU_2], aliases=ALIASES), HAS, down=["gpu-1", "gpu-2"])
+    assert refused(down, text) is Refusal.BAD_NAME
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("no-such", Refusal.NO_MODEL),
+        ("llama3", Refusal.NO_MODEL),
+        ("phi@gpu-9", Refusal.UNKNOWN_PIN),
+        ("phi@10.0.0.1:22", Refusal.UNKNOWN_PIN),
+        ("phi@gpu-2", Refusal.NOT_ON_PIN),
+        ("code", Refusal.NOT_ON_PIN),
+    ],
+)
+def test_no_lease(pool: Pool, text: str, refusal: Refusal) -> None:
+    assert refused(pool, text) is refusal
+    assert pool.in_flight == 0
+
+
+def test_the_exact_name_wins_over_the_prefix_on_a_node_that_is_down_too() -> None:
+    pool = ready(topology([GPU_1, GPU_2]), {**HAS, "gpu-2": ["odd:latest"]}, down=["gpu-1"])
+    assert ask(pool, "ollama/odd") == Rejected(Refusal.NODES_DOWN, (GPU_1,))
+
+
+def test_an_alias_is_read_once_and_leads_to_a_model_of_its_own_name() -> None:
+    pool = ready(topology([GPU_1], aliases={"phi": "llama3:8b", "llama3:8b": "phi"}), HAS)
+    target = pool.resolve("phi")
+    assert isinstance(target, Target)
+    assert target.sent == "llama3:8b"
+
+
+def test_an_alias_does_not_catch_the_cloud_model_of_its_name() -> None:
+    pool = ready(topology([GPU_1], aliases={"kimi": "phi"}), HAS)
+    target = pool.resolve("kimi:cloud")
+    assert isinstance(target, Target)
+    assert target.sent == "kimi:cloud"
+
+
+def test_a_lease_tells_the_node_and_why(pool: Pool) -> None:
+    assert lease(pool, "phi").reason is Reason.ONLY
+    assert lease(pool, "phi").node == GPU_1
+    assert lease(pool, "llama3:8b").reason is Reason.LEAST_IN_FLIGHT
+    assert lease(pool, "llama3:8b@gpu-1").reason is Reason.PINNED
+
+
+def test_a_rejection_names_the_nodes_it_is_about(pool: Pool) -> None:
+    assert ask(pool, "phi@gpu-9") == Rejected(Refusal.UNKNOWN_PIN, (GPU_1, GPU_2))
+    pool.observe(GPU_1.url, felt(Sign.REFUSED), now=1.0)
+    assert ask(pool, "phi") == Rejected(Refusal.NODES_DOWN, (GPU_1,))
+    assert ask(pool, "phi@gpu-1") == Rejected(Refusal.PIN_DOWN, (GPU_1,))
+
+
+def test_a_node_that_was_tried_is_not_asked_again(pool: Pool) -> None:
+    assert lease(pool, "llama3:8b", tried=[GPU_1.url]).node == GPU_2
+    assert ask(pool, "llama3:8b", tried=[GPU_1.url, GPU_2.url]) == Rejected(
+        Refusal.ALL_TRIED, (GPU_1, GPU_2)
+    )
+
+
+def nodes(count: int, slots: int = 1) -> list[NodeSpec]:
+    return [spec(f"n{i}", slots=slots) for i in range(count)]
+
+
+@given(st.integers(1, 6), st.integers(0, 60), st.integers(1, 3))
+def test_a_burst_over_equal_nodes_spreads_at_most_one_apart(
+    size: int, burst: int, slots: int
+) -> None:
+    specs = nodes(size, slots)
+    pool = ready(topology(specs), {spec.name: ["m:latest"] for spec in specs})
+    for i in range(burst):
+        lease(pool, "m")
+        counts = in_flight(pool).values()
+        assert max(counts) - min(counts) <= 1
+        assert sum(counts) == i + 1
+
+
+def test_ties_rotate() -> None:
+    specs = nodes(3)
+    pool = ready(topology(specs), {spec.name: ["m:latest"] for spec in specs})
+    order = ""
+    for _ in range(6):
+        one = attempt(pool, "m")
+        verdict = pool.submit(one)
+        assert isinstance(verdict, Lease)
+        order += verdict.node.name
+        pool.leave(one, DONE, now=0.0)
+    assert order == "n0n1n2n0n1n2"
+
+
+def test_a_burst_over_unequal_nodes_fills_them_to_their_size() -> None:
+    specs = [spec("small"), spec("wide", slots=4), spec("fast", weight=2.0)]
+    pool = ready(topology(specs), {spec.name: ["m:latest"] for spec in specs})
+    for _ in range(21):
+        lease(pool, "m")
+    assert in_flight(pool) == {"small": 3, "wide": 12, "fast": 6}
+
+
+def test_slots_are_no_cap(pool: Pool) -> None:
+    for _ in range(50):
+        lease(pool, "phi")
+    assert in_flight(pool) == {"gpu-1": 50, "gpu-2": 0}
+
+
+def test_load_counts_every_model_of_a_node(pool: Pool) -> None:
+    lease(pool, "phi")
+    lease(pool, "phi")
+    assert [lease(pool, "llama3:8b").node.name for _ in range(2)] == ["gpu-2", "gpu-2"]
+
+
+def test_an_attempt_leaves_once(pool: Pool) -> None:
+    one = attempt(pool, "phi")
+    other = attempt(pool, "phi")
+    pool.submit(one)
+    pool.submit(other)
+    for _ in range(3):
+        assert pool.leave(one, DONE, now=0.0) is None
+        assert in_flight(pool) == {"gpu-1": 1, "gpu-2": 0}
+    assert pool.in_flight == 1
+
+
+def test_equal_attempts_are_two(pool: Pool) -> None:
+    target = attempt(pool, "phi").target
+    assert Attempt(target) != Attempt(target)
+
+
+@pytest.mark.parametrize("outcome", [DONE, reset(FailureKind.REFUSED)])
+def test_leaving_without_a_lease_changes_nothing(pool: Pool, outcome: Outcome) -> None:
+    before = (pool.snapshot(), pool.revision)
+    rejected = attempt(pool, "no-such")
+    assert isinstance(pool.submit(rejected), Rejected)
+    assert pool.leave(rejected, outcome, now=1.0) is None
+    assert pool.leave(attempt(pool, "phi"), outcome, now=1.0) is None
+    assert (pool.snapshot(), pool.revision) == before
+
+
+def test_a_refused_connection_takes_the_node_down_at_once(pool: Pool) -> None:
+    one = attempt(pool, "phi")
+    pool.submit(one)
+    flip = pool.leave(one, reset(FailureKind.REFUSED), now=7.0)
+    assert flip == Flip("gpu-1", Health.UP, Health.DOWN, "it was refused")
+    assert pool.snapshot()[0].since == 7.0
+    assert refused(pool, "phi") is Refusal.NODES_DOWN
+
+
+def test_the_second_refusal_is_no_second_flip(pool: Pool) -> None:
+    attempts = [attempt(pool, "phi") for _ in range(2)]
+    for one in attempts:
+        pool.submit(one)
+    flips = [pool.leave(one, reset(FailureKind.REFUSED), now=1.0) for one in attempts]
+    assert [flip is not None for flip in flips] == [True, False]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FailureKind if kind is not FailureKind.REFUSED])
+def test_other_failures_are_left_to_the_probes(pool: Pool, kind: FailureKind) -> None:
+    one = attempt(pool, "phi")
+    pool.submit(one)
+    assert pool.leave(one, reset(kind), now=1.0) is None
+    assert pool.snapshot()[0].health is Health.UP
+
+
+def test_observe_tells_each_flip_once() -> None:
+    pool = Pool(topology([GPU_1], up_after=2, down_after=2), now=0.0)
+    signs = [Sign.GOOD, Sign.GOOD, Sign.BAD, None, Sign.BAD, Sign.BAD, Sign.GOOD, Sign.GOOD]
+    flips = [pool.observe(GPU_1.url, felt(sign, f"look {i}"), i) for i, sign in enumerate(signs)]
+    assert [flip for flip in flips if flip] == [
+        Flip("gpu-1", Health.UNKNOWN, Health.UP, "look 0"),
+        Flip("gpu-1", Health.UP, Health.DOWN, "look 4"),
+        Flip("gpu-1", Health.DOWN, Health.UP, "look 7"),
+    ]
+
+
+def test_a_node_that_is_loading_or_busy_is_not_down(pool: Pool) -> None:
+    for _ in range(20):
+        assert pool.observe(GPU_1.url, felt(None), now=1.0) is None
+    assert pool.snapshot()[0].health is Health.UP
+    assert not pool.suspect(GPU_1.url)
+
+
+def test_what_is_learned_of_a_busy_node_is_taken(pool: Pool) -> None:
+    pool.observe(GPU_1.url, seen("new:latest", sign=None, version="0.9.0"), now=1.0)
+    assert pool.snapshot()[0].present == models(["new:latest"])
+    assert pool.snapshot()[0].version == "0.9.0"
+
+
+def test_a_probe_of_a_node_that_is_gone_is_passed_over(pool: Pool) -> None:
+    before = pool.revision
+    assert pool.observe("http://gone:11434", seen("m:latest"), now=1.0) is None
+    assert pool.revision == before
+    assert not pool.suspect("http://gone:11434")
+
+
+def test_models_come_and_go_with_observations(pool: Pool) -> None:
+    pool.observe(GPU_2.url, seen("new:latest"), now=1.0)
+    assert lease(pool, "new").node == GPU_2
+    assert refused(pool, "codellama:34b") is Refusal.NO_MODEL
+    assert lease(pool, "llama3:8b").node == GPU_1
+
+
+def test_revision_grows_with_what_a_listing_shows_and_with_nothing_else(pool: Pool) -> None:
+    steps = [
+        (felt(Sign.GOOD), 0),
+        (felt(Sign.BAD), 0),
+        (felt(None), 0),
+        (felt(Sign.REFUSED), 1),
+        (felt(Sign.REFUSED), 0),
+        (seen("a:latest", sign=None), 1),
+        (seen("a:latest", sign=None), 0),
+        (seen("a:latest", sign=None, resident=["a:latest"]), 1),
+    ]
+    for observation, grows in steps:
+        before = pool.revision
+        pool.observe(GPU_1.url, observation, now=1.0)
+        assert pool.revision - before == grows
+    before = pool.revision
+    lease(pool, "llama3:8b")
+    assert pool.revision == before
+    pool.reconfigure(topology([GPU_1]), now=1.0)
+    assert pool.revision > before
+
+
+def test_probed_and_any_up() -> None:
+    pool = Pool(topology([GPU_1], [GPU_2]), now=0.0)
+    states = [(pool.probed, pool.any_up)]
+    for url, sign in [(GPU_1.url, Sign.BAD), (GPU_2.url, Sign.REFUSED), (GPU_2.url, Sign.GOOD)]:
+        pool.observe(url, felt(sign), now=1.0)
+        states.append((pool.probed, pool.any_up))
+    pool.observe(GPU_2.url, felt(Sign.GOOD), now=1.0)
+    states.append((pool.probed, pool.any_up))
+    assert states == [(False, False), (False, False), (True, False), (True, False), (True, True)]
+    assert [view.up for view in pool.snapshot()] == [False, True]
+
+
+def test_a_pool_without_nodes() -> None:
+    pool = Pool(topology(), now=0.0)
+    assert pool.snapshot() == []
+    assert pool.probed
+    assert not pool.any_up
+    assert ask(pool, "m") == Rejected(Refusal.NODES_DOWN)
+
+
+def test_a_snapshot_does_not_change_afterwards(pool: Pool) -> None:
+    before = pool.snapshot()
+    lease(pool, "phi")
+    pool.observe(GPU_1.url, seen("b:latest", sign=Sign.REFUSED), now=9.0)
+    assert [(view.in_flight, view.health) for view in before] == [(0, Health.UP)] * 2
+    assert "phi:latest" in before[0].present
+
+
+def test_repr_tells_the_state(pool: Pool) -> None:
+    lease(pool, "phi")
+    assert repr(pool) == "<Pool [<gpu-1 up 1 in flight>, <gpu-2 up 0 in flight>] 1 leases>"
+
+
+# A new configuration.
+
+
+def test_a_node_that_stays_keeps_its_state(pool: Pool) -> None:
+    one = attempt(pool, "phi")
+    pool.submit(one)
+    pool.observe(GPU_1.url, seen(*HAS["gpu-1"], resident=["phi:latest"], version="0.9"), now=4.0)
+    before = pool.snapshot()[0]
+    renamed = spec("first", GPU_1.url, slots=8, weight=3.0)
+    pool.reconfigure(topology([GPU_2], [renamed]), now=5.0)
+    after = pool.snapshot()[1]
+    assert (after.spec, after.pool, after.leaving) == (renamed, "pool-1", False)
+    assert (after.health, after.since, after.detail) == (before.health, before.since, before.detail)
+    assert (after.in_flight, after.version) == (1, "0.9")
+    assert (after.present, after.resident) == (before.present, before.resident)
+    assert pool.specs() == [GPU_2, renamed]
+    pool.leave(one, DONE, now=6.0)
+    assert in_flight(pool) == {"gpu-2": 0, "first": 0}
+
+
+def test_signs_that_were_counted_stay_counted() -> None:
+    pool = ready(topology([GPU_1], down_after=3), HAS)
+    pool.observe(GPU_1.url, felt(Sign.BAD), now=1.0)
+    pool.reconfigure(topology([GPU_1], down_after=2), now=2.0)
+    assert pool.suspect(GPU_1.url)
+    flip = pool.observe(GPU_1.url, felt(Sign.BAD), now=3.0)
+    assert flip is not None
+    assert flip.now is Health.DOWN
+
+
+def test_a_removed_node_gets_no_lease_and_goes_with_its_last(pool: Pool) -> None:
+    attempts = [attempt(pool, "phi") for _ in range(2)]
+    for one in attempts:
+        pool.submit(one)
+    pool.reconfigure(topology([GPU_2]), now=1.0)
+    assert [(view.spec.name, view.leaving) for view in pool.snapshot()] == [
+        ("gpu-2", False),
+        ("gpu-1", True),
+    ]
+    assert refused(pool, "phi") is Refusal.NO_MODEL
+    assert refused(pool, "phi@gpu-1") is Refusal.UNKNOWN_PIN
+    assert pool.observe(GPU_1.url, seen("phi:latest"), now=1.0) is None
+    assert not pool.knows("phi:latest")
+    pool.leave(attempts[0], DONE, now=2.0)
+    assert in_flight(pool) == {"gpu-2": 0, "gpu-1": 1}
+    pool.leave(attempts[1], reset(), now=3.0)
+    assert in_flight(pool) == {"gpu-2": 0}
+    assert pool.in_flight == 0
+
+
+def test_an_idle_node_is_removed_at_once(pool: Pool) -> None:
+    pool.reconfigure(topology([GPU_2]), now=1.0)
+    assert in_flight(pool) == {"gpu-2": 0}
+
+
+def test_a_node_that_comes_back_while_leaving_is_the_same_node(pool: Pool) -> None:
+    one = attempt(pool, "phi")
+    pool.submit(one)
+    pool.reconfigure(topology([GPU_2]), now=1.0)
+    pool.reconfigure(topology([GPU_2]), now=2.0)
+    pool.reconfigure(topology([GPU_1, GPU_2]), now=3.0)
+    assert in_flight(pool) == {"gpu-1": 1, "gpu-2": 0}
+    assert lease(pool, "phi").node == GPU_1
+    pool.leave(one, DONE, now=4.0)
+    assert in_flight(pool) == {"gpu-1": 1, "gpu-2": 0}
+
+
+def test_a_node_that_comes_back_after_it_left_is_a_new_one(pool: Pool) -> None:
+    pool.reconfigure(topology([GPU_2]), now=1.0)
+    pool.reconfigure(topology([GPU_1, GPU_2]), now=2.0)
+    view = pool.snapshot()[0]
+    assert (view.health, view.since, view.present) == (Health.UNKNOWN, 2.0, {})
+
+
+def test_a_new_address_under_an_old_name_is_a_new_node(pool: Pool) -> None:
+    one = attempt(pool, "phi")
+    pool.submit(one)
+    moved = spec("gpu-1", "http://elsewhere:11434")
+    pool.reconfigure(topology([moved, GPU_2]), now=1.0)
+    assert [(view.spec, view.leaving, view.in_flight) for view in pool.snapshot()] == [
+        (moved, False, 0),
+        (GPU_2, False, 0),
+        (GPU_1, True, 1),
+    ]
+
+
+def test_names_may_change_places(pool: Pool) -> None:
+    lease(pool, "phi")
+    swapped = [spec("gpu-2", GPU_1.url), spec("gpu-1", GPU_2.url)]
+    pool.reconfigure(topology(swapped), now=1.0)
+    assert in_flight(pool) == {"gpu-2": 1, "gpu-1": 0}
+    assert lease(pool, "phi@gpu-2").node.url == GPU_1.url
+
+
+def test_a_refusal_by_a_leaving_node_harms_nobody(pool: Pool) -> None:
+    one = attempt(pool, "phi")
+    pool.submit(one)
+    pool.reconfigure(topology([GPU_2]), now=1.0)
+    pool.leave(one, reset(FailureKind.REFUSED), now=2.0)
+    assert in_flight(pool) == {"gpu-2": 0}
+    assert pool.snapshot()[0].health is Health.UP
+
+
+def test_aliases_and_globs_are_those_in_force(pool: Pool) -> None:
+    few = spec("gpu-1", GPU_1.url, models=("!phi*",))
+    pool.reconfigure(topology([few, GPU_2], aliases={"chat": "codellama:34b"}), now=1.0)
+    assert refused(pool, "phi") is Refusal.NO_MODEL
+    assert refused(pool, "phi@gpu-1") is Refusal.NOT_ON_PIN
+    assert lease(pool, "chat").node == GPU_2
+    assert refused(pool, "there") is Refusal.NO_MODEL
