@@ -1,0 +1,273 @@
+"""The simulated node as a real HTTP server: start and stop, what it saw, what it is told to do."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+
+from router.sim import guard
+from router.sim.control import PREFIX, Control
+from router.sim.driver import Driver
+from router.sim.exchange import Broken, Exchange, Machine, Seen
+from router.sim.faults import Fault, Faults
+from router.sim.models import SimSpec
+from router.sim.node import Scheduler
+from router.sim.request import Refused, parse
+from router.sim.routes import INFERENCE, serve
+from router.sim.shelf import Shelf
+
+SEEN_MAX = 10_000
+_HEADER_LIMIT = 1 << 20
+
+
+class SimNode:
+    """One Ollama node on a port. `async with SimNode(spec) as node:` starts and stops it.
+
+    Stopping breaks every connection, as a node does on SIGTERM. Started again, it comes back on the
+    same port with nothing loaded but `spec.warm`. `in_flight` counts inference requests between
+    their arrival and their end, also those that a fault holds; the scheduler has counters of its
+    own. `seen` keeps the last `SEEN_MAX` requests, in order of arrival.
+    """
+
+    def __init__(
+        self, spec: SimSpec | None = None, *, port: int = 0, host: str = "127.0.0.1"
+    ) -> None:
+        """Raises ValueError for models whose names are none, or the same."""
+        self.spec = spec or SimSpec()
+        self.host = host
+        self.port = port
+        self.seen: deque[Seen] = deque(maxlen=SEEN_MAX)
+        self.faults = Faults()
+        self.in_flight = 0
+        self.peak_in_flight = 0
+        self._shelf = Shelf(self.spec.models)
+        self._change = asyncio.Event()
+        self._comeback: asyncio.Task[None] | None = None
+        self._runner: web.AppRunner | None = None
+        self._site: web.TCPSite | None = None
+        self._machine: Machine | None = None
+
+    def __repr__(self) -> str:
+        """State in one line."""
+        state = "up" if self._site else "refusing" if self._runner else "stopped"
+        return f"<SimNode {self.url} {state} in_flight={self.in_flight} faults={len(self.faults)}>"
+
+    @property
+    def url(self) -> str:
+        """Where the node listens (after the start), without a trailing slash."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler of the present life of the node. Raises RuntimeError before the start."""
+        return self._running().driver.scheduler
+
+    @property
+    def held(self) -> int:
+        """Requests that a HANG or a STALL holds now: what `release` would let go on."""
+        return self._running().held
+
+    @property
+    def fault(self) -> Fault | None:
+        """The first fault in force. Setting replaces all of them; None behaves again."""
+        return next(iter(self.faults), None)
+
+    @fault.setter
+    def fault(self, fault: Fault | None) -> None:
+        self.faults.clear()
+        if fault is not None:
+            self.faults.add(fault)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Listen. Raises OSError when the port is taken."""
+        loop = asyncio.get_running_loop()
+        driver = Driver(Scheduler(self.spec, loop.time()), self._changed)
+        self._machine = Machine(self.spec, self._shelf, driver, self._changed)
+        app = web.Application()
+        control = Control(self.faults, self._state, self.release, self._refuse_for)
+        app.router.add_route("*", PREFIX + "{tail:.*}", control.serve)
+        app.router.add_route("*", "/{tail:.*}", self._handle)
+        app.on_response_prepare.append(_drop_headers)
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            shutdown_timeout=1.0,
+            max_line_size=_HEADER_LIMIT,
+            max_field_size=_HEADER_LIMIT,
+        )
+        await self._runner.setup()
+        await self.accept()
+
+    async def stop(self) -> None:
+        """Break all connections and stop listening. A stopped node may be stopped again."""
+        if self._comeback is not None:
+            self._comeback.cancel()
+            await asyncio.gather(self._comeback, return_exceptions=True)
+            self._comeback = None
+        if self._runner is not None:
+            await self.refuse()
+            await self._runner.cleanup()
+            self._runner = None
+        if self._machine is not None:
+            self._machine.driver.close()
+
+    async def refuse(self, *, keep: web.Request | None = None) -> None:
+        """Close the listening socket and break every connection but that of `keep`."""
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
+        self.drop_connections(keep=keep)
+        self._changed()
+
+    async def accept(self) -> None:
+        """Listen again, on the same port."""
+        if self._site is not None or self._runner is None:
+            return
+        site = web.TCPSite(self._runner, self.host, self.port, backlog=1024)
+        await site.start()
+        self._site = site
+        self.port = site.port
+        self._changed()
+
+    def drop_connections(self, *, keep: web.Request | None = None) -> None:
+        """Break every open connection; what runs on them is cancelled."""
+        server = self._runner.server if self._runner is not None else None
+        for connection in server.connections if server is not None else ():
+            if connection.transport is not None and (keep is None or connection != keep.protocol):
+                connection.transport.abort()
+
+    def release(self) -> None:
+        """Let go on what a HANG or a STALL holds now. Wait for `held` first: later ones stay."""
+        machine = self._running()
+        machine.released.set()
+        machine.released = asyncio.Event()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until `holds()`, which is asked again after everything the node does."""
+        while not holds():
+            await self._change.wait()
+
+    def calls(self, path: str | None = None) -> list[Seen]:
+        """What was seen of one path (without query), or all of it."""
+        return [one for one in self.seen if path in (None, one.raw_path.partition("?")[0])]
+
+    def _running(self) -> Machine:
+        if self._machine is None:
+            raise RuntimeError("the node was not started")
+        return self._machine
+
+    def _changed(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path, _, query = _local(request.raw_path).partition("?")
+        headers = list(request.headers.items())
+        clock = asyncio.get_running_loop()
+        seen = Seen(request.method, request.raw_path, headers, clock.time())
+        self.seen.append(seen)
+        exchange = Exchange(request, path, seen, self._running())
+        counts = request.method == "POST" and path in INFERENCE
+        self._count(int(counts))
+        try:
+            await self._answer(exchange, query, inference=counts)
+            seen.outcome = "done" if seen.status is not None and seen.status < 400 else "error"
+        except Broken:
+            seen.outcome = "error"
+        except asyncio.CancelledError:
+            seen.outcome = "cancelled"
+            raise
+        except ConnectionError:
+            # Found out by writing, before the cancellation came: nobody is left to answer.
+            seen.outcome = "cancelled"
+        finally:
+            seen.finished = clock.time()
+            self._count(-int(counts))
+        return exchange.response
+
+    def _count(self, step: int) -> None:
+        self.in_flight += step
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self._changed()
+
+    async def _answer(self, exchange: Exchange, query: str, *, inference: bool) -> None:
+        request = exchange.request
+        exchange.seen.body = b"".join([part async for part in request.content.iter_any()])
+        model = _model_named(exchange.body)
+        exchange.fault = self.faults.take(exchange.path, model, inference=inference)
+        if self.spec.check_host and not guard.admits(request.headers, self.spec.origins):
+            await exchange.empty(403)
+            return
+        try:
+            await exchange.misbehave_early()
+            await serve(exchange, request.method, query)
+        except Refused as error:
+            await exchange.refuse(error)
+
+    async def _refuse_for(self, seconds: float, request: web.Request) -> None:
+        await self.refuse(keep=request)
+        self._comeback = asyncio.create_task(self._come_back(seconds))
+
+    async def _come_back(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self.accept()
+
+    def _state(self) -> Mapping[str, object]:
+        scheduler = self.scheduler
+        return {
+            "in_flight": self.in_flight,
+            "peak_in_flight": self.peak_in_flight,
+            "held": self.held,
+            "loads": scheduler.loads,
+            "aborted_loads": scheduler.aborted_loads,
+            "evictions": scheduler.evictions,
+            "refused": scheduler.refused,
+            "resident": [one.model.name for one, _ in self._running().driver.resident()],
+            "faults": [fault.kind for fault in self.faults],
+            "seen": [
+                {"method": one.method, "path": one.raw_path, "outcome": one.outcome}
+                for one in list(self.seen)[-100:]
+            ],
+        }
+
+
+def _local(target: str) -> str:
+    """A request target without scheme and host, which a proxy's client may send along."""
+    if target.startswith("/"):
+        return target
+    _, _, rest = target.partition("://")
+    return "/" + rest.partition("/")[2]
+
+
+def _model_named(body: bytes) -> str | None:
+    """The model a request is about, as far as that can be read."""
+    try:
+        fields = parse(body)
+        return fields.text("model") or fields.text("name") or None
+    except Refused:
+        return None
+
+
+async def _drop_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """A node names no server, and does not tell the length of its tags to HEAD."""
+    response.headers.pop("Server", None)
+    if request.method == "HEAD" and request.path == "/api/tags":
+        response.headers.pop("Content-Length", None)
