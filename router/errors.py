@@ -1,0 +1,28 @@
+"""The few exceptions of the shell: whose fault it was, and what the client may be told."""
+
+from router.core.types import Failure
+
+
+class ConfigError(Exception):
+    """A configuration that is refused whole; `mistakes` has one readable line each."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+class UpstreamError(Exception):
+    """An exchange with a node failed; its text may be told to the client."""
+
+    def __init__(self, failure: Failure, told: str = "") -> None:
+        super().__init__(told or failure.detail or failure.kind.value)
+        self.failure = failure
+
+
+class ClientError(Exception):
+    """The client's mistake: `status` and `message` go back in the client's own dialect."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message

@@ -1,0 +1,276 @@
+"""All that can be set: the sections of `router.yaml`, each with its defaults and its manual."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from router.core.types import NodeSpec, Policy, PoolSpec, Tls, Topology
+from router.values import (
+    AT_LEAST_ONE,
+    HEADER_KEYS,
+    AddressText,
+    CaBundle,
+    Count,
+    EntryName,
+    Flag,
+    Glob,
+    HeaderName,
+    HeaderValue,
+    Listen,
+    Network,
+    NodeUrl,
+    Origin,
+    Seconds,
+    Share,
+    Size,
+    Slots,
+    Token,
+    UrlText,
+    Weight,
+    long_form,
+    not_empty,
+)
+
+
+class _Section(BaseModel):
+    """A mapping of the file: frozen, without unknown keys, and silent about its texts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for key, value in super().__repr_args__():
+            if isinstance(value, int | float):
+                yield key, value
+
+
+class TlsEntry(_Section):
+    """How an https node is checked."""
+
+    ca: CaBundle | None = Field(
+        None, description="PEM bundle to check the node with, instead of the system's"
+    )
+    verify: Flag = Field(True, description="false accepts any certificate")
+
+
+class NodeEntry(_Section):
+    """One Ollama server; a URL alone stands for `{url: ...}`."""
+
+    name: EntryName | None = Field(
+        None, description="what pins, metrics and logs call it; default host:port"
+    )
+    url: NodeUrl = Field(description="http(s)://host[:port][/prefix]; a bare host:port is http")
+    slots: Slots = Field(
+        "auto",
+        validate_default=True,
+        description="what it serves at once per model (OLLAMA_NUM_PARALLEL); auto is 1 for now",
+    )
+    weight: Weight = Field(1.0, description="relative speed")
+    models: tuple[Glob, ...] = Field(
+        (), description="globs of the models that may be used, !glob excludes; default all"
+    )
+    labels: dict[str, str] = Field({}, description="free words about the node")
+    headers: dict[HeaderName, HeaderValue] = Field(
+        {},
+        description="set on every request to the node; never shown",
+        json_schema_extra=HEADER_KEYS,
+    )
+    tls: TlsEntry = Field(default_factory=TlsEntry, description="how an https node is checked")
+
+    @property
+    def spec(self) -> NodeSpec:
+        url = self.url
+        return NodeSpec(
+            name=self.name or url.address,
+            url=str(url),
+            scheme=url.scheme,
+            host=url.host,
+            port=url.port,
+            prefix=url.prefix,
+            slots=self.slots,
+            weight=self.weight,
+            models=self.models,
+            labels=self.labels,
+            headers=tuple((k, v.get_secret_value()) for k, v in self.headers.items()),
+            tls=Tls(self.tls.ca, self.tls.verify),
+        )
+
+
+_Entry = Annotated[
+    NodeEntry, BeforeValidator(long_form("url"), json_schema_input_type=UrlText | NodeEntry)
+]
+Nodes = Annotated[
+    tuple[_Entry, ...], BeforeValidator(not_empty), Field(json_schema_extra=AT_LEAST_ONE)
+]
+
+
+class PoolEntry(_Section):
+    """Nodes that can stand in for each other."""
+
+    name: EntryName = Field(description="what metrics and logs call it")
+    nodes: Nodes = Field(description="URLs, or mappings with a url")
+
+
+class Admin(_Section):
+    """The operator's own listener; an address alone stands for `{listen: ...}`."""
+
+    listen: Listen = Field(
+        "127.0.0.1:11436", validate_default=True, description="host:port; keep it private"
+    )
+    token: Token | None = Field(
+        None, description="bearer token that changing verbs need when not on loopback"
+    )
+
+
+class Probe(_Section):
+    """How nodes are asked whether they are well."""
+
+    interval_s: Seconds = Field(5, description="between two probes of a node that is up or down")
+    timeout_s: Seconds = Field(2, description="a probe that takes longer has failed")
+    suspect_interval_s: Seconds = Field(2, description="between probes after the first bad one")
+    ps_interval_s: Seconds = Field(5, description="between questions what is in memory")
+    tags_interval_s: Seconds = Field(15, description="between questions what is on disk")
+    up_after: Count = Field(2, description="good probes in a row until a node is up again")
+    down_after: Count = Field(3, description="bad probes in a row until a node is down")
+    jitter: Share = Field(0.2, description="share of each interval that is left to chance")
+
+
+class Routing(_Section):
+    """How a node is chosen."""
+
+    policy: Annotated[Policy, Field(strict=False)] = Field(
+        Policy.LEAST_IN_FLIGHT, description="least in flight for its slots and weight"
+    )
+
+
+class Timeouts(_Section):
+    """Limits of waiting, in seconds. A request as a whole has none."""
+
+    connect_s: Seconds = Field(2, description="to connect to a node")
+    first_byte_s: Seconds = Field(600, description="to a node's first byte: loads are slow")
+    between_records_s: Seconds = Field(600, description="between two records of an answer")
+    drain_timeout_s: Seconds = Field(60, description="for requests in flight at shutdown")
+    head_timeout_s: Seconds = Field(30, description="for a client to send a request's head")
+
+
+class Limits(_Section):
+    """Limits of size: a number of bytes, or a text such as 8MiB."""
+
+    max_body_bytes: Size = Field(
+        "512MiB", validate_default=True, description="a request's body: images are large"
+    )
+    max_held_bytes: Size = Field(
+        "8MiB", validate_default=True, description="what is held back of an unstreamed answer"
+    )
+    max_record_bytes: Size = Field(
+        "8MB", validate_default=True, description="one record of a streamed answer"
+    )
+    max_header_bytes: Size = Field(
+        "64KiB", validate_default=True, description="all header fields of a request"
+    )
+
+
+class Log(_Section):
+    """What is logged; prompts and keys never are."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the least that is logged"
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto is console on a terminal, else json"
+    )
+    requests: Flag = Field(True, description="one line per request")
+
+
+_OLLAMA_ORIGINS = (
+    *(f"{scheme}://localhost{port}" for scheme in ("http", "https") for port in ("", ":*")),
+    *(f"{scheme}://127.0.0.1{port}" for scheme in ("http", "https") for port in ("", ":*")),
+    *(f"{scheme}://0.0.0.0{port}" for scheme in ("http", "https") for port in ("", ":*")),
+    *(f"{app}://*" for app in ("app", "file", "tauri", "vscode-webview", "vscode-file")),
+)
+
+
+class Cors(_Section):
+    """Which web pages may call the router from a browser."""
+
+    origins: tuple[Origin, ...] = Field(
+        _OLLAMA_ORIGINS,
+        description="scheme://host[:port], * for any text; replaces Ollama's own list",
+    )
+
+
+class Config(_Section):
+    """All that can be set. An instance stands for a configuration that was checked whole."""
+
+    listen: Annotated[
+        tuple[Listen, ...],
+        BeforeValidator(not_empty),
+        BeforeValidator(
+            lambda value: (value,) if isinstance(value, str) else value,
+            json_schema_input_type=AddressText
+            | Annotated[tuple[AddressText, ...], Field(min_length=1)],
+        ),
+    ] = Field(
+        "127.0.0.1:11435", validate_default=True, description="where clients connect; or a list"
+    )
+    admin: Annotated[
+        Admin, BeforeValidator(long_form("listen"), json_schema_input_type=AddressText | Admin)
+    ] = Field(default_factory=Admin, description="health, metrics and verbs of the operator")
+    trusted: tuple[Network, ...] = Field(
+        (), description="proxies whose X-Forwarded-For and flow headers are believed"
+    )
+    nodes: Nodes = Field((), description="short form of one pool called default")
+    pool_entries: Annotated[
+        tuple[PoolEntry, ...], BeforeValidator(not_empty), Field(json_schema_extra=AT_LEAST_ONE)
+    ] = Field((), alias="pools", description="tried in this order, instead of nodes")
+    aliases: dict[str, str] = Field({}, description="name: model, or model@node to pin it")
+    probe: Probe = Field(
+        default_factory=Probe, description="how nodes are asked whether they are well"
+    )
+    routing: Routing = Field(default_factory=Routing, description="how a node is chosen")
+    timeouts: Timeouts = Field(
+        default_factory=Timeouts, description="limits of waiting, in seconds"
+    )
+    limits: Limits = Field(
+        default_factory=Limits, description="limits of size, in bytes or as 8MiB"
+    )
+    log: Log = Field(default_factory=Log, description="what is logged; prompts and keys never are")
+    cors: Cors = Field(default_factory=Cors, description="which web pages may call from a browser")
+
+    @property
+    def pools(self) -> tuple[PoolSpec, ...]:
+        if self.nodes:
+            return (PoolSpec("default", tuple(node.spec for node in self.nodes)),)
+        return tuple(
+            PoolSpec(pool.name, tuple(node.spec for node in pool.nodes))
+            for pool in self.pool_entries
+        )
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(
+            pools=self.pools,
+            aliases=self.aliases,
+            policy=self.routing.policy,
+            up_after=self.probe.up_after,
+            down_after=self.probe.down_after,
+        )
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        yield "pools", len(self.pools)
+        yield "nodes", sum(len(pool.nodes) for pool in self.pools)
+
+
+MODELS: dict[str, type[BaseModel]] = {
+    "": Config,
+    "nodes": NodeEntry,
+    "pools": PoolEntry,
+    "tls": TlsEntry,
+    "admin": Admin,
+    "probe": Probe,
+    "routing": Routing,
+    "timeouts": Timeouts,
+    "limits": Limits,
+    "log": Log,
+    "cors": Cors,
+}
