@@ -1,12 +1,18 @@
+# make demo    three simulated nodes and a router on loopback; no Ollama needed
 # make test    the whole test suite, warnings as errors
 # make check   lint, types, layers, tests and coverage: what CI runs
+# make run     the router with router.yaml
 
 PYTHON ?= python3
+CONFIG ?= router.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check lint types layers cover clean
+.PHONY: demo test check lint types layers cover run clean
+
+demo: $(READY)
+	@$(BIN)/ollamux demo
 
 # The processes that tests start are measured too (tool.coverage.run in pyproject.toml).
 test: $(READY)
@@ -29,6 +35,9 @@ cover: test
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='router/core/*' --fail-under=100
 	$(BIN)/coverage report --omit='router/core/*' --fail-under=95
+
+run: $(READY)
+	$(BIN)/ollamux serve --config $(CONFIG)
 
 $(READY): pyproject.toml router/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

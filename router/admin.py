@@ -1,0 +1,186 @@
+"""The admin listener: health, readiness, metrics, status, reload."""
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aiohttp import hdrs, web
+
+from router import __version__
+from router.core import dialect
+from router.core.pool import NodeView, Pool
+from router.dispatch import Clock
+from router.metrics import CONTENT_TYPE, Metrics
+
+
+@dataclass(slots=True)
+class ConfigState:
+    """What is known of the configuration in force, and of the last attempt to replace it."""
+
+    generation: int = 1
+    source: str = ""
+    taken_at: float = field(default_factory=time.time)
+    last_result: str = "ok"
+    last_at: float = field(default_factory=time.time)
+    mistakes: Sequence[str] = ()
+    restart_needed: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadResult:
+    """How a reload ended: `result` is `ok`, `unchanged` or `refused`."""
+
+    result: str
+    mistakes: Sequence[str] = ()
+    changes: Sequence[str] = ()
+    restart_needed: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Admin:
+    """`token` guards what changes anything; without one, only a loopback listener may.
+
+    `reload` runs the daemon's own transaction. `draining` is set once no new work is wanted.
+    """
+
+    pool: Pool
+    metrics: Metrics
+    state: ConfigState
+    reload: Callable[[], Awaitable[ReloadResult]]
+    clock: Clock
+    token: str | None = field(repr=False)
+    loopback: bool
+    draining: bool = False
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request. No page in a browser may act here; and what changes anything
+        needs the token."""
+        if hdrs.ORIGIN in request.headers:
+            return _error(403, "requests with an Origin are refused here")
+        if request.method not in ("GET", "HEAD"):
+            refusal = self._may_change(request.headers.get(hdrs.AUTHORIZATION, ""))
+            if refusal is not None:
+                return refusal
+        found = _ROUTES.get(request.path)
+        if found is None:
+            return _error(404, "not found")
+        methods, answer = found
+        if request.method not in methods:
+            return _error(405, "method not allowed", ", ".join(methods))
+        return await answer(self)
+
+    def _may_change(self, authorization: str) -> web.Response | None:
+        if self.token is None:
+            if self.loopback:
+                return None
+            return _error(403, "set admin.token: this listener is not on loopback")
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(
+            given.encode(errors="surrogateescape"), self.token.encode()
+        ):
+            return None
+        return _error(401, "the admin token is needed: Authorization: Bearer ...")
+
+    async def _healthz(self) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self) -> web.Response:
+        if self.draining:
+            return web.Response(status=503, text="draining\n")
+        if not self.pool.any_up:
+            return web.Response(status=503, text="no node is up\n")
+        return web.Response(text="ready\n")
+
+    async def _metrics(self) -> web.Response:
+        headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE}
+        return web.Response(body=self.metrics.render(), headers=headers)
+
+    async def _status(self) -> web.Response:
+        return _json(200, self.status())
+
+    async def _reload(self) -> web.Response:
+        done = await self.reload()
+        answer = {
+            "result": done.result,
+            "generation": self.state.generation,
+            "changes": done.changes,
+            "restart_needed": done.restart_needed,
+            "mistakes": done.mistakes,
+        }
+        return _json(422 if done.result == "refused" else 200, answer)
+
+    def status(self) -> Mapping[str, object]:
+        """What `/status` shows; times are seconds since 1970."""
+        nodes = self.pool.snapshot()
+        now = self.clock()
+        state = self.state
+        return {
+            "version": __version__,
+            "draining": self.draining,
+            "in_flight": self.pool.in_flight,
+            "config": {
+                "generation": state.generation,
+                "source": state.source,
+                "taken_at": round(state.taken_at, 3),
+                "last_reload": {
+                    "result": state.last_result,
+                    "at": round(state.last_at, 3),
+                    "mistakes": state.mistakes,
+                    "restart_needed": state.restart_needed,
+                },
+            },
+            "nodes": [_node(node, now) for node in nodes],
+            "models": _models(nodes),
+        }
+
+
+def _node(node: NodeView, now: float) -> Mapping[str, object]:
+    return {
+        "name": node.spec.name,
+        "url": node.spec.url,
+        "pool": node.pool,
+        "state": "leaving" if node.leaving else node.health.value,
+        "for_s": round(now - node.since, 1),
+        "detail": node.detail,
+        "in_flight": node.in_flight,
+        "slots": node.spec.slots,
+        "weight": node.spec.weight,
+        "labels": dict(node.spec.labels),
+        "version": node.version,
+        "present": sorted(node.present),
+        "resident": sorted(node.resident),
+    }
+
+
+def _models(nodes: Sequence[NodeView]) -> Mapping[str, object]:
+    """Each model, with the nodes that have it and those that hold it in memory."""
+    models: dict[str, dict[str, list[str]]] = {}
+    for node in nodes:
+        for key in node.present:
+            models.setdefault(key, {"nodes": [], "resident": []})["nodes"].append(node.spec.name)
+        for key in node.resident:
+            models.setdefault(key, {"nodes": [], "resident": []})["resident"].append(node.spec.name)
+    return dict(sorted(models.items()))
+
+
+def _json(status: int, value: object) -> web.Response:
+    headers = {hdrs.CONTENT_TYPE: "application/json"}
+    return web.Response(status=status, body=dialect.dumps(value) + b"\n", headers=headers)
+
+
+def _error(status: int, message: str, allow: str | None = None) -> web.Response:
+    response = _json(status, {"error": message})
+    if allow is not None:
+        response.headers[hdrs.ALLOW] = allow
+    return response
+
+
+_READ, _CHANGE = ("GET", "HEAD"), ("POST",)
+_ROUTES: Mapping[str, tuple[Sequence[str], Callable[[Admin], Awaitable[web.Response]]]] = {
+    "/healthz": (_READ, Admin._healthz),
+    "/readyz": (_READ, Admin._readyz),
+    "/metrics": (_READ, Admin._metrics),
+    "/status": (_READ, Admin._status),
+    "/reload": (_CHANGE, Admin._reload),
+}

@@ -1,0 +1,194 @@
+"""Process life: start, signals, reload, drain, and what the supervisor is told."""
+
+import asyncio
+import resource
+import signal
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+
+from router import __version__, config, log, watch
+from router.admin import ReloadResult
+from router.app import App
+from router.changes import Changes, changes
+from router.errors import ConfigError
+from router.settings import Config
+from router.systemd import Notifier
+
+
+class Daemon:
+    """One router process. `path` None: the configuration comes from the environment.
+
+    `seen`: the bytes at `path` before `settings` was read from there.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        env: Mapping[str, str],
+        settings: Config,
+        seen: bytes | None = None,
+    ) -> None:
+        self._path = path
+        self._env = env
+        self._started = settings
+        self._seen = seen
+        self._notifier = Notifier(env)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._hangup = asyncio.Event()
+        self._asked = 0
+        self._answered = 0
+        self._done = ReloadResult("ok")
+        self._app = App(settings, self.reload)
+        self._app.state.source = str(path) if path else "environment"
+
+    async def run(self) -> int:
+        """Serve until told to stop; returns the exit code. Raises OSError from listening."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopped)
+        # Never left to its default, which would end the process in the middle of a drain.
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
+        async with self._app as app:
+            app.log.info(
+                "listening", version=__version__, clients=app.clients, admin=app.admins,
+                config=app.state.source,
+            )  # fmt: skip
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(job()) for job in self._jobs()]
+                await self._stop.wait()
+                await self._drain()
+                for task in tasks:
+                    task.cancel()
+        app.log.info("stopped")
+        return 0
+
+    def _jobs(self) -> list[Callable[[], Coroutine[None, None, None]]]:
+        jobs = [
+            self._app.prober.run, self._announce, self._obey, self._notifier.feed_watchdog,
+        ]  # fmt: skip
+        return [*jobs, self._follow] if self._path is not None else jobs
+
+    async def _announce(self) -> None:
+        """Ready after the first look at every node, whatever it found."""
+        await self._app.prober.looked.wait()
+        nodes = self._app.pool.snapshot()
+        up = sum(node.up for node in nodes)
+        self._app.log.info("ready", nodes=len(nodes), up=up)
+        if self._ready:
+            self._notifier.send(READY="1", STATUS=f"{up} of {len(nodes)} nodes up")
+
+    async def _follow(self) -> None:
+        assert self._path is not None
+        async for _ in watch.changes(self._path, self._seen):
+            await self.reload()
+
+    async def _obey(self) -> None:
+        """Reload on SIGHUP; once more if another came meanwhile, as it may mean newer bytes."""
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            await self.reload()
+
+    def _stopped(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _drain(self) -> None:
+        limit_s = self._app.config.timeouts.drain_timeout_s
+        self._app.log.info("stopping", in_flight=self._app.pool.in_flight, limit_s=limit_s)
+        self._notifier.send(STOPPING="1", STATUS="finishing requests")
+        async with asyncio.TaskGroup() as group:
+            drained = group.create_task(self._app.drain())
+            hurried = group.create_task(self._hurry.wait())
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait((drained, hurried), timeout=limit_s, return_when=first)
+            if not drained.done():
+                self._app.log.warning("requests cut off", in_flight=self._app.pool.in_flight)
+            drained.cancel()
+            hurried.cancel()
+
+    async def reload(self) -> ReloadResult:
+        """Read the configuration again and put it in force, or refuse it whole."""
+        self._asked += 1
+        mine = self._asked
+        if self._ready:
+            self._notifier.reloading()
+        mistakes: list[str] = []
+        try:
+            new = await asyncio.to_thread(config.load, self._path, self._env)
+        except ConfigError as error:
+            new, mistakes = self._app.config, error.mistakes
+        if mine > self._answered:  # else overtaken while it read: the newer answer holds for it
+            self._answered = mine
+            self._done = self._settle(new, mistakes)
+            self._app.reloaded(self._done)
+            self._log_reload(self._done)
+        if self._ready:
+            self._notifier.send(READY="1", STATUS=f"configuration: {self._done.result}")
+        return self._done
+
+    @property
+    def _ready(self) -> bool:
+        """A reload tells the supervisor READY at its end, which must be no lie."""
+        return self._app.prober.looked.is_set() and not self._stop.is_set()
+
+    def _settle(self, new: Config, mistakes: list[str]) -> ReloadResult:
+        """Swap, if there are no mistakes and there is a difference."""
+        old = self._app.config
+        if new.log != old.log:
+            log.setup(new.log.level, new.log.format)
+        if new != old:
+            self._app.reconfigure(new)
+        return ReloadResult(
+            "refused" if mistakes else "unchanged" if new == old else "ok",
+            mistakes=mistakes,
+            changes=_lines(changes(old, new)),
+            restart_needed=changes(self._started, new).restart,
+        )
+
+    def _log_reload(self, done: ReloadResult) -> None:
+        say = self._app.log
+        if done.result == "refused":
+            say.error("reload refused, nothing changed", mistakes=done.mistakes)
+            return
+        say.info(f"reload {done.result}", changes=done.changes)
+        if done.restart_needed:
+            say.warning("takes a restart", settings=done.restart_needed)
+
+
+def _lines(difference: Changes) -> list[str]:
+    return [
+        *(f"node added: {url}" for url in difference.added),
+        *(f"node removed: {url}" for url in difference.removed),
+        *(f"node changed: {url}" for url in difference.changed),
+        *(f"setting changed: {name}" for name in difference.settings),
+    ]
+
+
+def serve(path: Path | None, env: Mapping[str, str]) -> int:
+    """Run a router until it is told to stop; returns the exit code.
+
+    Raises ConfigError for a refused configuration, and OSError where it cannot listen.
+    """
+    # Before the load, so that a change of the file in between is not missed.
+    seen = None if path is None else watch.read(path)
+    settings = config.load(path, env)
+    log.setup(settings.log.level, settings.log.format)
+    _raise_descriptor_limit()
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(Daemon(path, env, settings, seen).run())
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it exists."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _raise_descriptor_limit() -> None:
+    """A stream takes two descriptors, and the usual soft limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,241 @@
+"""The face towards clients: aiohttp's server, with our own answers to what is not HTTP."""
+
+import asyncio
+import ipaddress
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import quote, unquote
+
+import aiohttp.web_protocol
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import LineTooLong
+
+from router.core import dialect
+from router.core.dialect import Family, Route
+from router.errors import ClientError
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_MAX_HEADERS = 256
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Handler = Callable[["Request"], Awaitable[web.StreamResponse]]
+
+
+class Request(web.BaseRequest):
+    """A request whose response names no server software, as Ollama's does not, and ends its
+    connection once the server is closing."""
+
+    ATTRS = web.BaseRequest.ATTRS | {"server"}
+    server: "Server"
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        del response.headers[hdrs.SERVER]
+        if self.server.closing:
+            response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"
+
+
+class Connection(web.RequestHandler):
+    """A client's connection. What is not HTTP gets plain text, and is no error of ours."""
+
+    __slots__ = ("_head_handle", "_head_timeout_s", "broken")
+
+    def __init__(
+        self, manager: "Server", *, head_timeout_s: float, loop: asyncio.AbstractEventLoop,
+        **settings: object,
+    ) -> None:  # fmt: skip
+        super().__init__(manager, loop=loop, **settings)  # type: ignore[arg-type]
+        self._head_timeout_s = head_timeout_s
+        self._head_handle: asyncio.TimerHandle | None = None
+        self.broken = False
+
+    def data_received(self, data: bytes) -> None:
+        """Give a request's head, once begun, a bounded time to be whole."""
+        super().data_received(data)
+        if self._messages and isinstance(self._messages[-1][0], aiohttp.web_protocol._ErrInfo):
+            self.broken = True
+            self.abandon_body()
+        if self._current_request is None and not self._messages:
+            if self._head_handle is None:
+                self._head_handle = self._loop.call_later(self._head_timeout_s, self.force_close)
+        elif self._head_handle is not None:
+            self._head_handle.cancel()
+            self._head_handle = None
+
+    def abandon_body(self) -> None:
+        """The parser has given up: a body that is being read would be waited for for ever."""
+        request = self._current_request
+        if request is not None and not request.content.is_eof():
+            request.content.set_exception(aiohttp.web_protocol.RequestPayloadError())
+            request.content.feed_eof()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._head_handle is not None:
+            self._head_handle.cancel()
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what aiohttp's parser refused, without an echo of it; then close."""
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("an answer has begun: nothing can be added to it")
+        if status >= 500:
+            self.logger.error("unhandled error in a request", exc_info=exc)
+        status = 431 if isinstance(exc, LineTooLong) else status
+        response = web.Response(status=status)
+        response.text = f"{status} {response.reason}"
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """Makes connections; `handler` answers each request on them. `closing`, once set, makes
+    every answer the last of its connection."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        max_header_bytes: int,
+        head_timeout_s: float,
+        cancels: bool = True,
+    ) -> None:
+        # A client that leaves must end its handler at once, or its lease outlives it; and
+        # bodies are relayed as they came, so nothing is unpacked here.
+        super().__init__(
+            handler,  # type: ignore[arg-type]
+            request_factory=self._request,
+            handler_cancellation=cancels,
+        )
+        self.closing = False
+        self.reconfigure(max_header_bytes=max_header_bytes, head_timeout_s=head_timeout_s)
+
+    def reconfigure(self, *, max_header_bytes: int, head_timeout_s: float) -> None:
+        """Take new limits; they hold for connections that come from now on."""
+        self.max_header_bytes = max_header_bytes
+        self._head_timeout_s = head_timeout_s
+        self._settings = {
+            "access_log": None,
+            "auto_decompress": False,
+            "max_line_size": max_header_bytes,
+            "max_field_size": max_header_bytes,
+            "max_headers": _MAX_HEADERS,
+        }
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(
+            self, head_timeout_s=self._head_timeout_s, loop=self._loop, **self._settings
+        )
+
+    def _request(self, message, payload, protocol, writer, task) -> Request:  # type: ignore[no-untyped-def]
+        if message is aiohttp.web_protocol.ERROR:
+            # Its version would be 1.0; an HTTP/1.1 client expects its own.
+            message = message._replace(version=aiohttp.HttpVersion11)
+        request = Request(message, payload, protocol, writer, task, self._loop)
+        request.server = self
+        return request
+
+
+def target(request: Request) -> tuple[str, str]:
+    """(decoded path, query with its `?` or empty), from the bytes that the client sent.
+
+    Raises ClientError for a head that is no good, although each line of it is.
+    """
+    if sum(len(name) + len(value) for name, value in request.raw_headers) > (
+        request.server.max_header_bytes
+    ):
+        raise ClientError(431, "request header fields too large")
+    raw = request.raw_path
+    if not raw.startswith("/"):
+        return request.rel_url.path, ("?" + q if (q := request.rel_url.raw_query_string) else "")
+    path, mark, query = raw.partition("?")
+    if any(not "!" <= c <= "~" for c in query):
+        raise ClientError(400, "invalid query")
+    return unquote(path), mark + query
+
+
+def request_id(request: web.BaseRequest) -> str | None:
+    """The client's own id, where it is fit to stand in a header and a log."""
+    given = request.headers.get("X-Request-Id", "")
+    return given if _REQUEST_ID.fullmatch(given) else None
+
+
+def client_address(request: web.BaseRequest, trusted: Sequence[Network]) -> str:
+    """The address that asks: the peer's, or, behind a trusted proxy, the last one that no
+    trusted proxy wrote into `X-Forwarded-For`."""
+    peer = request.remote or ""
+    if not trusted:
+        return peer
+    chain = [*",".join(request.headers.getall("X-Forwarded-For", [])).split(","), peer]
+    hops = [hop for hop in map(_address, reversed(chain)) if hop is not None]
+    for hop in hops:
+        if not any(hop in network for network in trusted):
+            return str(hop)
+    return str(hops[-1]) if hops else peer
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text.strip())
+    except ValueError:
+        return None
+
+
+async def body(request: web.BaseRequest, limit: int) -> bytearray:
+    """The whole body. Raises ClientError 413 above `limit`, 400 for broken framing."""
+    if (request.content_length or 0) > limit:
+        raise ClientError(413, f"request body too large: the limit is {limit} bytes")
+    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0
+    if isinstance(request.protocol, Connection) and request.protocol.broken:
+        request.protocol.abandon_body()  # it broke before its handler had begun
+    whole = bytearray()
+    try:
+        while piece := await request.content.readany():
+            whole += piece
+            if len(whole) > limit:
+                raise ClientError(413, f"request body too large: the limit is {limit} bytes")
+    except aiohttp.web_protocol.RequestPayloadError:
+        raise ClientError(400, "malformed request body") from None
+    return whole
+
+
+def plain(status: int, text: str, **headers: str) -> web.Response:
+    """Plain text, as Ollama answers what is no endpoint."""
+    return web.Response(status=status, body=text.encode(), headers={
+        hdrs.CONTENT_TYPE: "text/plain", **headers
+    })  # fmt: skip
+
+
+def error(family: Family, status: int, message: str) -> web.Response:
+    """An error in the caller's dialect."""
+    return web.Response(
+        status=status,
+        body=dialect.error_body(family, status, message, new_request_id()),
+        headers={hdrs.CONTENT_TYPE: dialect.error_type(family)},
+    )
+
+
+def new_request_id() -> str:
+    """An id in the form that Anthropic's errors carry."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+def no_route(path: str, query: str, method: str) -> web.Response:
+    """What Ollama says of a path that is no endpoint: a redirect to one, or 404."""
+    clean = re.sub(r"/{2,}", "/", path).rstrip("/") or "/"
+    if clean != path and dialect.find(clean) is not None:
+        status = 301 if method == "GET" and path.rstrip("/") == clean else 307
+        return plain(status, "", Location=quote(clean, safe="/:@") + query)
+    return plain(404, "404 page not found")
+
+
+def wrong_method(route: Route) -> web.Response:
+    return plain(405, "405 method not allowed", Allow=", ".join(route.methods))
