@@ -2,14 +2,17 @@
 # make test    the whole test suite, warnings as errors
 # make check   lint, types, layers, tests and coverage: what CI runs
 # make run     the router with router.yaml
+# make bench-relay   what a relay costs, beside nginx, HAProxy and aiohttp
 
 PYTHON ?= python3
 CONFIG ?= router.yaml
+ROUNDS ?= 5
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types layers cover run clean
+.PHONY: demo test check lint types layers cover run bench-relay clean
 
 demo: $(READY)
 	@$(BIN)/ollamux demo
@@ -35,6 +38,9 @@ cover: test
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='router/core/*' --fail-under=100
 	$(BIN)/coverage report --omit='router/core/*' --fail-under=95
+
+bench-relay: $(READY)
+	$(BIN)/python -m bench.relay --rounds $(ROUNDS) $(ARGS)
 
 run: $(READY)
 	$(BIN)/ollamux serve --config $(CONFIG)

@@ -1,0 +1,1 @@
+"""What a relay costs: CPU per request and per streamed chunk, latency, memory."""
