@@ -32,24 +32,27 @@ from router.settings import Config
 from router.upstream import Upstream
 
 # How long what is left at the end of a drain has to notice that it was cut.
-_CUT_S = 0.5
+_CUT_S = 0.1
 _BACKLOG = 4096
 
 
 class App:
     """A whole router in this event loop: `async with` it.
 
-    `reload` is what `POST /reload` runs. Listening addresses of this process are in `clients`
-    and `admins` once started. Raises OSError where an address cannot be listened on.
+    `reload` is what `POST /reload` runs; `changed` is told that a node went up or down. Listening
+    addresses of this process are in `clients` and `admins` once started. Raises OSError where an
+    address cannot be listened on.
     """
 
     def __init__(
         self,
         config: Config,
         reload: Callable[[], Awaitable[ReloadResult]],
+        changed: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
     ) -> None:
         self.config = config
+        self._changed = changed
         self.clients: Sequence[str] = ()
         self.admins: Sequence[str] = ()
         self.state = ConfigState()
@@ -66,9 +69,7 @@ class App:
             instance=instance,
             clock=clock,
         )
-        self._gate = Gate(
-            proxy, Catalog(self.pool), self.metrics, _gate_settings(config), self.log, clock
-        )
+        self._gate = Gate(proxy, Catalog(self.pool), self.metrics, _gate_settings(config), clock)
         self.prober = Prober(
             pool=self.pool,
             upstream=self._upstream,
@@ -173,20 +174,22 @@ class App:
         self.state.last_at = time.time()
         self.state.mistakes = done.mistakes
         self.state.restart_needed = done.restart_needed
+        if done.result == "ok":
+            self.state.taken_at = self.state.last_at
         self._record(ok=done.result != "refused")
 
     def _record(self, *, ok: bool) -> None:
         if ok:
-            self.state.taken_at = time.time()
-            self.metrics.last_success.set(self.state.taken_at)
+            self.metrics.last_success.set(self.state.last_at)
         self.metrics.reload_ok.set(ok)
         self.metrics.generation.set(self.state.generation)
 
     def _flipped(self, flip: Flip) -> None:
         say = self.log.info if flip.now is Health.UP else self.log.warning
         say("node " + flip.now.value, node=flip.node, was=flip.was.value, reason=flip.reason)
-        if self.pool.any_up is False:
+        if self.pool.probed and not self.pool.any_up:
             self.log.error("no node is up")
+        self._changed()
 
 
 def _is_loopback(address: Address) -> bool:
@@ -207,7 +210,7 @@ def _gate_settings(config: Config) -> GateSettings:
     return GateSettings(
         trusted=tuple(config.trusted),
         cors=Cors(config.cors.origins),
-        log_requests=config.log.requests,
+        log=log.bound() if config.log.requests else None,
     )
 
 

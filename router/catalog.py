@@ -5,10 +5,11 @@ from datetime import UTC, datetime
 
 from aiohttp import hdrs, web
 
-from router.core import dialect, names
+from router.core import dialect
 from router.core.dialect import Family, Route
 from router.core.pool import NodeView, Pool
-from router.core.types import Model
+from router.core.types import Model, Refusal, Rejected
+from router.dispatch import Refused
 from router.errors import ClientError
 
 _JSON = "application/json; charset=utf-8"
@@ -23,7 +24,7 @@ class Catalog:
         self._built: dict[str, tuple[int, bytes]] = {}
 
     def answer(self, route: Route, path: str) -> web.Response:
-        """Answer a local route. Raises ClientError for a model that no node has."""
+        """Answer a local route. Raises Refused for a model that cannot be had, ClientError else."""
         match route.path:
             case "/":
                 text = {hdrs.CONTENT_TYPE: "text/plain; charset=utf-8"}
@@ -90,13 +91,19 @@ class Catalog:
         return dialect.dumps({"object": "list", "data": data})
 
     def _model(self, asked: str) -> bytes:
-        try:
-            model = self._present().get(names.parse(asked).key)
-        except names.BadName:
-            raise ClientError(400, "invalid model name") from None
-        if model is None:
-            raise ClientError(404, f"model '{asked}' not found")
-        return dialect.dumps(_openai(asked, model))
+        """One model by any name that a request may use for it: alias, prefix and pin too."""
+        target = self._pool.resolve(asked)
+        if isinstance(target, Rejected):
+            raise Refused(target, asked)
+        found = self._pool.eligible(target)
+        if isinstance(found, Rejected):
+            raise Refused(found, target.sent)
+        assert target.model is not None  # a resolved name
+        for node in self._up():
+            model = node.present.get(target.model.key)
+            if model is not None and node.spec in found:
+                return dialect.dumps(_openai(asked, model))
+        raise Refused(Rejected(Refusal.NO_MODEL), target.sent)
 
 
 def version_key(version: str) -> tuple[tuple[int, ...], bool]:

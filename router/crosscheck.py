@@ -119,8 +119,6 @@ def _check_names(document: Document, nodes: list[_Seen]) -> None:
 
 
 def _check_node(document: Document, node: _Seen) -> None:
-    if node.url and node.url.scheme == "http" and "tls" in node.entry:
-        document.refuse_key((*node.path, "tls"), "an http node has no TLS: use https, or remove it")
     first: dict[str, str] = {}
     for key in _mapping(node.entry.get("headers")):
         if first.setdefault(key.lower(), key) != key:

@@ -49,6 +49,7 @@ async def _demo(*, once: bool) -> int:
         await _chat(app.clients[0])
         _tell(app)
         if not once:
+            print("\nCtrl-C stops it.", flush=True)
             await stop.wait()
             print("stopping")
         prober.cancel()
@@ -90,7 +91,6 @@ def _tell(app: App) -> None:
         f"\nclients  {client}    (OLLAMA_HOST={client} ollama list)"
         f"\nadmin    {admin}/status    (ollamux nodes --admin {admin})"
         f"\nmetrics  {admin}/metrics"
-        f"\n\ncurl {client}/api/chat -d '{body}'"
-        "\n\nCtrl-C stops it.",
+        f"\n\ncurl {client}/api/chat -d '{body}'",
         flush=True,
     )

@@ -5,6 +5,7 @@ import ipaddress
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import aiohttp.web_protocol
@@ -16,10 +17,12 @@ from router.core.dialect import Family, Route
 from router.errors import ClientError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_MAX_HEADERS = 256
+_VISIBLE = re.compile(r"[!-~]*")
+_SHORTEST_FIELD_BYTES = 4  # a name, a colon, a line end
 
+_Data = TypeVar("_Data", bytes, bytearray)
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Handler = Callable[["Request"], Awaitable[web.StreamResponse]]
+Handler = Callable[["Request"], Awaitable["web.StreamResponse | Reply"]]
 
 
 class Request(web.BaseRequest):
@@ -34,6 +37,94 @@ class Request(web.BaseRequest):
         if self.server.closing:
             response.force_close()
             response.headers[hdrs.CONNECTION] = "close"
+
+
+class Reply:
+    """A relayed answer on its way to the client. It writes to the transport itself: head and
+    first piece in one packet, every further piece in one call.
+
+    `head`: header lines, each with its line end. `length`: of the body, None if not known before
+    its end. aiohttp finishes it like a response of its own: `prepare`, `write_eof`, `keep_alive`.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_ended",
+        "_head",
+        "_request",
+        "_rest",
+        "begun",
+        "keep_alive",
+        "status",
+    )
+
+    def __init__(
+        self, request: Request, status: int, reason: bytes, head: bytes, length: int | None
+    ) -> None:
+        self.status = status
+        self.begun = False
+        self._request = request
+        self._ended = False
+        self._rest = b""
+        modern = request.version >= aiohttp.HttpVersion11
+        empty = status in (204, 304)
+        self._chunked = modern and length is None and not empty
+        delimited = modern or empty or length is not None
+        self.keep_alive = request.keep_alive and delimited and not request.server.closing
+        lines = [b"HTTP/1.1 " if modern else b"HTTP/1.0 ", b"%d %b\r\n" % (status, reason), head]
+        if self._chunked:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+        elif length is not None and not empty:
+            lines.append(b"Content-Length: %d\r\n" % length)
+        if self.keep_alive is not modern:
+            lines.append(b"Connection: close\r\n" if modern else b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        self._head = b"".join(lines)
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing is left to prepare: called by aiohttp."""
+
+    def push(self, data: bytes) -> bool:
+        """Write a piece of the body; says whether the client takes more for now."""
+        if self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if not self.begun:
+            self.begun = True
+            self._request.writer.output_size = 1  # aiohttp then adds no answer of its own
+            data = self._head + data
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            return False
+        transport.write(data)
+        return not self._request.protocol.writing_paused
+
+    async def drain(self) -> None:
+        """Wait until the client takes more. Raises ConnectionResetError if it has left."""
+        await self._request.writer.drain()
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has left")
+
+    def finish_with(self, rest: bytes) -> None:
+        """What `write_eof` is to send as the end of the body."""
+        self._rest = rest
+
+    async def write_eof(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        rest, self._rest = self._rest, b""
+        if self._chunked:
+            rest = (b"%x\r\n%b\r\n" % (len(rest), rest) if rest else b"") + b"0\r\n\r\n"
+            self._chunked = False
+        if not self.push(rest):
+            await self.drain()
+
+    def cut(self) -> None:
+        """End the connection in a way that the client cannot take for the end of the body."""
+        self._ended = True
+        if self._request.transport is not None:
+            self._request.transport.abort()
 
 
 class Connection(web.RequestHandler):
@@ -125,7 +216,7 @@ class Server(web.Server):
             "auto_decompress": False,
             "max_line_size": max_header_bytes,
             "max_field_size": max_header_bytes,
-            "max_headers": _MAX_HEADERS,
+            "max_headers": max_header_bytes // _SHORTEST_FIELD_BYTES,
         }
 
     def __call__(self) -> web.RequestHandler:
@@ -147,17 +238,18 @@ def target(request: Request) -> tuple[str, str]:
 
     Raises ClientError for a head that is no good, although each line of it is.
     """
-    if sum(len(name) + len(value) for name, value in request.raw_headers) > (
-        request.server.max_header_bytes
-    ):
+    head_bytes = 0
+    for name, value in request.raw_headers:
+        head_bytes += len(name) + len(value)
+    if head_bytes > request.server.max_header_bytes:
         raise ClientError(431, "request header fields too large")
     raw = request.raw_path
     if not raw.startswith("/"):
         return request.rel_url.path, ("?" + q if (q := request.rel_url.raw_query_string) else "")
     path, mark, query = raw.partition("?")
-    if any(not "!" <= c <= "~" for c in query):
+    if query and not _VISIBLE.fullmatch(query):
         raise ClientError(400, "invalid query")
-    return unquote(path), mark + query
+    return (unquote(path) if "%" in path else path), mark + query
 
 
 def request_id(request: web.BaseRequest) -> str | None:
@@ -187,24 +279,36 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-async def body(request: web.BaseRequest, limit: int) -> bytearray:
+async def body(request: web.BaseRequest, limit: int) -> bytes | bytearray:
     """The whole body. Raises ClientError 413 above `limit`, 400 for broken framing."""
     if (request.content_length or 0) > limit:
-        raise ClientError(413, f"request body too large: the limit is {limit} bytes")
+        raise _too_large(limit)
     if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0
     if isinstance(request.protocol, Connection) and request.protocol.broken:
         request.protocol.abandon_body()  # it broke before its handler had begun
-    whole = bytearray()
+    content = request.content
     try:
-        while piece := await request.content.readany():
+        if content.is_eof():  # it came with its head: one piece, no copy
+            return _bounded(content.read_nowait(), limit)
+        whole = bytearray()
+        while piece := await content.readany():
             whole += piece
-            if len(whole) > limit:
-                raise ClientError(413, f"request body too large: the limit is {limit} bytes")
+            _bounded(whole, limit)
     except aiohttp.web_protocol.RequestPayloadError:
         raise ClientError(400, "malformed request body") from None
     return whole
+
+
+def _bounded(data: _Data, limit: int) -> _Data:
+    if len(data) > limit:
+        raise _too_large(limit)
+    return data
+
+
+def _too_large(limit: int) -> ClientError:
+    return ClientError(413, f"request body too large: the limit is {limit} bytes")
 
 
 def plain(status: int, text: str, **headers: str) -> web.Response:

@@ -1,8 +1,9 @@
 """Every request of a client, from arrival to its line in the log."""
 
 import asyncio
+import itertools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -14,11 +15,13 @@ from router.core import dialect, retry
 from router.core.dialect import VIA, Family, Kind, Route
 from router.cors import Cors
 from router.dispatch import Clock, Refused
-from router.downstream import Network, Request
+from router.downstream import Network, Reply, Request
 from router.errors import ClientError, UpstreamError
 from router.log import Ending, Report
 from router.metrics import Metrics
 from router.proxy import Proxy
+
+Answer = web.StreamResponse | Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Settings:
 
     trusted: tuple[Network, ...]
     cors: Cors
-    log_requests: bool
+    log: FilteringBoundLogger | None  # for one line per request
 
 
 @dataclass(slots=True)
@@ -38,9 +41,11 @@ class Gate:
     catalog: Catalog
     metrics: Metrics
     settings: Settings
-    log: FilteringBoundLogger
     clock: Clock
     active: int = 0
+    # Random per process and counted within it: unique, without asking the kernel each time.
+    _run: str = field(default_factory=lambda: secrets.token_hex(6))
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def idle(self) -> None:
@@ -49,10 +54,10 @@ class Gate:
             self._quiet.clear()
             await self._quiet.wait()
 
-    async def handle(self, request: Request) -> web.StreamResponse:
+    async def handle(self, request: Request) -> Answer:
         """Answer one request; every end of it is counted and logged here, once."""
         report = Report(
-            id=downstream.request_id(request) or secrets.token_hex(12),
+            id=downstream.request_id(request) or f"{self._run}-{next(self._numbers):x}",
             client=downstream.client_address(request, self.settings.trusted),
             method=request.method,
             started=self.clock(),
@@ -60,7 +65,7 @@ class Gate:
         self.active += 1
         try:
             response = await self._handle(request, report)
-            if not response.prepared:
+            if isinstance(response, web.StreamResponse):
                 response.headers.update(self._allowed(request) or {})
             return response
         finally:
@@ -68,11 +73,11 @@ class Gate:
             if not self.active:
                 self._quiet.set()
             ended = self.clock()
-            self.metrics.request(report, ended)
-            if self.settings.log_requests:
-                log.request(self.log, report, ended)
+            self.metrics.requests.count(report, ended)
+            if self.settings.log is not None:
+                log.request(self.settings.log, report, ended)
 
-    async def _handle(self, request: Request, report: Report) -> web.StreamResponse:
+    async def _handle(self, request: Request, report: Report) -> Answer:
         route: Route | None = None
         try:
             path, query = downstream.target(request)
@@ -98,7 +103,7 @@ class Gate:
 
     async def _answer(
         self, request: Request, report: Report, route: Route | None, path: str, query: str
-    ) -> web.StreamResponse:
+    ) -> Answer:
         """Refuse loops and foreign origins, then answer by the route's kind."""
         if self.proxy.instance in ",".join(request.headers.getall(VIA, ())):
             message = "this request has passed this router before: a node's url leads back to it"
@@ -117,7 +122,8 @@ class Gate:
             raise ClientError(501, f"ollamux does not serve {route.path} yet: ask a node itself")
         if route.kind is Kind.LOCAL:
             return self._sign(self.catalog.answer(route, path), report)
-        return await self.proxy.relay(request, report, route, query, tuple(allowed.items()))
+        extra = "".join(f"{name}: {value}\r\n" for name, value in allowed.items())
+        return await self.proxy.relay(request, report, route, query, extra.encode())
 
     def _allowed(self, request: Request) -> Mapping[str, str] | None:
         """What an answer must say for the page that asks to read it; None if it may not ask."""
@@ -140,6 +146,10 @@ class Gate:
         report.status = response.status
         report.ending = log.ending(response.status)
         response.headers["X-Ollamux-Request-Id"] = report.id
+        if report.node:
+            response.headers["X-Ollamux-Node"] = report.node
+        if report.sent:
+            response.headers["X-Ollamux-Model"] = report.sent
         if report.reason:
             response.headers["X-Ollamux-Reason"] = report.reason
         if report.attempts:

@@ -3,11 +3,13 @@
 import enum
 import logging
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TextIO
 
+import msgspec
 import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from router.core.usage import Usage
 
@@ -23,7 +25,7 @@ class Ending(enum.StrEnum):
     REJECTED = "rejected"  # no node could be asked
     FAILED = "failed"  # a node was asked and gave no answer
     BROKEN = "broken"  # the answer had begun and could not be finished
-    CANCELLED = "cancelled"  # the client left
+    CANCELLED = "cancelled"  # the client left, or the router was stopped
 
 
 def ending(status: int) -> Ending:
@@ -37,8 +39,8 @@ def ending(status: int) -> Ending:
 class Report:
     """What is known of one request; times are seconds on the monotonic clock.
 
-    `model` is a canonical name; `known` says whether a node has it, so that it may become a
-    metric label. `client` is an address. `forwarded`: a node was chosen for it.
+    `model` is a canonical name, `sent` the one that a node is told; `known` says whether a node
+    has it, so that it may become a metric label. `client` is an address.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Report:
     started: float
     endpoint: str = "other"
     model: str = ""
+    sent: str = ""
     known: bool = False
     node: str = ""
     reason: str = ""
@@ -64,15 +67,11 @@ def setup(level: str, style: str, out: TextIO | None = None) -> None:
     """Configure logging once per process; `style` is json, console, or auto (by terminal)."""
     stream = out or sys.stderr
     console = style == "console" or (style == "auto" and stream.isatty())
-    shared: list[Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
-    ]
+    shared: list[Processor] = [structlog.processors.add_log_level, _Stamp()]
     final: list[Processor] = (
         [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
         if console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(_json)]
     )
     structlog.configure(
         processors=shared + final,
@@ -81,6 +80,26 @@ def setup(level: str, style: str, out: TextIO | None = None) -> None:
         cache_logger_on_first_use=False,
     )
     _route_stdlib(shared, final, stream)
+
+
+class _Stamp:
+    """Adds the time in UTC. The second is formatted once, the fraction each time."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._text = ""
+
+    def __call__(self, _: object, __: str, event: EventDict) -> EventDict:
+        second, rest = divmod(time.time_ns(), 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second))
+        event["timestamp"] = f"{self._text}{rest // 1000:06d}Z"
+        return event
+
+
+def _json(event: object, **_: object) -> str:
+    return msgspec.json.encode(event, enc_hook=str).decode()
 
 
 def _route_stdlib(shared: list[Processor], final: list[Processor], stream: TextIO) -> None:
@@ -97,13 +116,21 @@ def _route_stdlib(shared: list[Processor], final: list[Processor], stream: TextI
 
 
 def logger() -> FilteringBoundLogger:
+    """A logger that follows the next `setup` too, for what is logged now and then."""
     log: FilteringBoundLogger = structlog.get_logger()
+    return log
+
+
+def bound() -> FilteringBoundLogger:
+    """A logger of the set-up in force, for what is logged all the time: half the price."""
+    log: FilteringBoundLogger = structlog.get_logger().bind()
     return log
 
 
 def request(log: FilteringBoundLogger, report: Report, ended: float) -> None:
     """Write the canonical line of a request. It never holds prompts, keys or header values."""
     first = report.first_at
+    usage = report.usage
     fields = {
         "id": report.id,
         "client": report.client,
@@ -115,8 +142,8 @@ def request(log: FilteringBoundLogger, report: Report, ended: float) -> None:
         "attempts": report.attempts,
         "ttft_ms": None if first is None else round((first - report.started) * 1e3, 2),
         "duration_ms": round((ended - report.started) * 1e3, 2),
-        "prompt_tokens": report.usage.prompt_tokens,
-        "completion_tokens": report.usage.completion_tokens,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
         "status": report.status,
         "outcome": report.ending.value,
     }

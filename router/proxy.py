@@ -1,9 +1,6 @@
 """One request that a node is to answer: read, lease, attempt, answer."""
 
-import asyncio
 from dataclasses import dataclass, field
-
-from aiohttp import web
 
 from router import downstream, log
 from router.core import dialect, retry
@@ -11,12 +8,14 @@ from router.core.dialect import VIA, Call, Route
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
 from router.core.retry import Verdict
-from router.core.types import Failure, FailureKind, NodeSpec, Rejected
+from router.core.types import Failure, Rejected
 from router.dispatch import Clock, Dispatch, Refused
+from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
+from router.exchange import Exchange
 from router.log import Report
-from router.relay import HOP_BY_HOP, Limits, Relay, nominated
-from router.upstream import Exchange, Upstream, request_head
+from router.relay import HOP_BY_HOP, Limits, Relay, tokens
+from router.upstream import Upstream, request_head
 
 # Not for a node: what is ours to frame, what made a browser or a proxy talk to us, and every
 # credential of the client, which a cloud-routed request would carry outward.
@@ -25,7 +24,7 @@ _NOT_FORWARDED = HOP_BY_HOP | {
     b"authorization", b"x-api-key", b"api-key", b"cookie",
 }  # fmt: skip
 
-Pairs = tuple[tuple[str, str], ...]
+_VIA = VIA.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,9 @@ class Proxy:
     clock: Clock
 
     async def relay(
-        self, request: web.BaseRequest, report: Report, route: Route, query: str, extra: Pairs
-    ) -> web.StreamResponse:
-        """Answer with what a node says; `extra` headers are added to it.
+        self, request: Request, report: Report, route: Route, query: str, extra: bytes
+    ) -> Reply:
+        """Answer with what a node says; `extra` header lines are added to it.
 
         Raises ClientError for the client's mistakes, Refused where no node may be asked, and
         UpstreamError where one was and gave no answer.
@@ -61,10 +60,8 @@ class Proxy:
         reading_s = self.clock() - before
         call = dialect.parse(route, body)
         target = self._target(call, report)
-        passage = _Passage(self, request, report, call, target, query, extra)
-        passage.body = dialect.rename(body, call, target.sent)
-        passage.body_bytes = sum(map(len, passage.body))
-        passage.reading_s = reading_s
+        pieces = dialect.rename(body, call, target.sent)
+        passage = _Passage(self, request, report, call, target, query, extra, pieces, reading_s)
         return await passage.run()
 
     def _target(self, call: Call, report: Report) -> Target:
@@ -74,7 +71,7 @@ class Proxy:
         if isinstance(target, Rejected):
             raise Refused(target, call.model)
         if target.model is not None:
-            report.model = target.model.key
+            report.model, report.sent = target.model.key, target.sent
             report.known = self.pool.knows(report.model)
         return target
 
@@ -84,18 +81,17 @@ class _Passage:
     """The attempts of one request."""
 
     proxy: Proxy
-    request: web.BaseRequest
+    request: Request
     report: Report
     call: Call
     target: Target
     query: str
-    extra: Pairs
-    body: tuple[bytes, ...] = ()
-    body_bytes: int = 0
-    reading_s: float = 0.0
+    extra: bytes
+    body: tuple[bytes | bytearray | memoryview, ...]
+    reading_s: float
     tried: dict[str, Failure] = field(default_factory=dict)
 
-    async def run(self) -> web.StreamResponse:
+    async def run(self) -> Reply:
         while True:
             relay = Relay(
                 self.request, self.call.route, self.proxy.settings.relay, self.report,
@@ -110,12 +106,12 @@ class _Passage:
                     raise UpstreamError(error.failure, self._told(error.failure)) from error
             except Refused as refused:
                 if not self.call.model:  # any node would answer such a body with 400 or so
-                    message = "no model can be read" if self.body_bytes else "missing request body"
+                    message = "no model can be read" if any(self.body) else "missing request body"
                     raise ClientError(400, message) from None
                 refused.model = self.target.sent
                 raise
 
-    async def _attempt(self, relay: Relay) -> web.StreamResponse:
+    async def _attempt(self, relay: Relay) -> Reply:
         attempt = Attempt(self.target, frozenset(self.tried))
         async with self.proxy.dispatch.lease(attempt) as lease:
             self.report.attempts += 1
@@ -137,44 +133,42 @@ class _Passage:
         """Send the request; over a fresh connection if a kept one proves to be stale."""
         head = request_head(
             lease.node, self.request.method, self.call.route.path + self.query,
-            self._forwarded(), self.body_bytes,
+            self._forwarded(), sum(map(len, self.body)),
         )  # fmt: skip
         if self.report.overhead_s is None:
             self.report.overhead_s = self.proxy.clock() - self.report.started - self.reading_s
+        send, limit_s = self.proxy.upstream.open, self.proxy.settings.first_byte_s
         try:
-            return await self._send(lease.node, head, fresh=False)
+            return await send(lease.node, head, self.body, first_byte_s=limit_s)
         except UpstreamError as error:
             if retry.decide(error.failure) is not Verdict.FRESH:
                 raise
-        return await self._send(lease.node, head, fresh=True)
-
-    async def _send(self, node: NodeSpec, head: bytes, *, fresh: bool) -> Exchange:
-        limit_s = self.proxy.settings.first_byte_s
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self.proxy.upstream.open(node, head, self.body, fresh=fresh)
-        except TimeoutError:
-            detail = f"no first byte within {limit_s:g} s"
-            failure = Failure(FailureKind.FIRST_BYTE_TIMEOUT, sent=True, detail=detail)
-            raise UpstreamError(failure) from None
+        return await send(lease.node, head, self.body, fresh=True, first_byte_s=limit_s)
 
     def _forwarded(self) -> list[tuple[bytes, bytes]]:
-        raw = self.request.raw_headers
-        dropped = _NOT_FORWARDED | nominated(raw)
-        headers = [(name, value) for name, value in raw if name.lower() not in dropped]
-        headers.append((VIA.encode(), self.proxy.instance.encode()))
+        headers = []
+        named: frozenset[bytes] = frozenset()
+        for name, value in self.request.raw_headers:
+            lower = name.lower()
+            if lower not in _NOT_FORWARDED:
+                headers.append((name, value))
+            elif lower == b"connection":
+                named |= tokens(value)
+        if named - _NOT_FORWARDED:
+            headers = [header for header in headers if header[0].lower() not in named]
+        headers.append((_VIA, self.proxy.instance.encode()))
         return headers
 
-    def _headers(self, lease: Lease) -> Pairs:
-        ours = [
-            ("X-Ollamux-Node", lease.node.name),
-            ("X-Ollamux-Request-Id", self.report.id),
-            ("X-Ollamux-Attempts", str(self.report.attempts)),
-            ("X-Ollamux-Reason", lease.reason.value),
-        ]
-        if self.target.sent:
-            ours.append(("X-Ollamux-Model", self.target.sent))
-        return (*ours, *self.extra)
+    def _headers(self, lease: Lease) -> bytes:
+        """Header lines of our own. No part of them can hold a line end: names are checked."""
+        model = f"X-Ollamux-Model: {self.target.sent}\r\n" if self.target.sent else ""
+        ours = (
+            f"X-Ollamux-Node: {lease.node.name}\r\n"
+            f"X-Ollamux-Request-Id: {self.report.id}\r\n"
+            f"X-Ollamux-Attempts: {self.report.attempts}\r\n"
+            f"X-Ollamux-Reason: {lease.reason.value}\r\n{model}"
+        )
+        return ours.encode() + self.extra
 
     def _told(self, failure: Failure) -> str:
         """What the client is told: which node, and what happened, in the router's words."""

@@ -4,15 +4,12 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from aiohttp import web
-from multidict import CIMultiDict
-
 from router.core import dialect, usage
 from router.core.dialect import Framing, Route
 from router.core.types import Failure, FailureKind
-from router.downstream import new_request_id
+from router.downstream import Reply, Request, new_request_id
+from router.exchange import Exchange
 from router.log import Ending, Report
-from router.upstream import Exchange
 
 HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
@@ -20,6 +17,7 @@ HOP_BY_HOP = frozenset({
 })  # fmt: skip
 _NOT_RELAYED = HOP_BY_HOP | {b"server", b"content-length"}
 _FRAMINGS = {b"application/x-ndjson": Framing.NDJSON, b"text/event-stream": Framing.SSE}
+_RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +30,18 @@ class Limits:
     between_s: float
 
 
-class _Reply(web.StreamResponse):
-    # Status, headers and the first record leave in one packet.
-    _send_headers_immediately = False
-
-
 class Relay:
     """One answer on its way. After a failure, `begun` says whether the client has seen any of
     it: if not, it may be tried elsewhere; if so, `break_off` ends it honestly."""
 
+    __slots__ = (
+        "_before", "_clock", "_framing", "_last", "_limits", "_make", "_record_end", "_reply",
+        "_report", "_request", "_route", "_tail", "_torn", "_watch",
+    )  # fmt: skip
+
     def __init__(
         self,
-        request: web.BaseRequest,
+        request: Request,
         route: Route,
         limits: Limits,
         report: Report,
@@ -54,9 +52,10 @@ class Relay:
         self._limits = limits
         self._report = report
         self._clock = clock
-        self._reply: _Reply | None = None
+        self._reply: Reply | None = None
         self._framing = Framing.WHOLE
         self._torn = False
+        self._tail = b""
         self._last = b""
         self._before = b""
 
@@ -64,138 +63,150 @@ class Relay:
     def begun(self) -> bool:
         return self._reply is not None
 
-    async def run(self, exchange: Exchange, extra: Iterable[tuple[str, str]]) -> web.StreamResponse:
-        """Relay the whole answer; `extra` are our own headers. Raises UpstreamError."""
-        headers, framing, length = _read_head(exchange.headers)
-        headers.extend(extra)
-        self._framing = framing
-        self._report.status = exchange.status
-        self._report.streamed = framing is not Framing.WHOLE
-        watch = _Watch(exchange, self._limits.between_s)
+    async def run(self, exchange: Exchange, extra: bytes) -> Reply:
+        """Relay the whole answer; `extra` are header lines of our own. Raises UpstreamError."""
+        head, self._framing, length = read_head(exchange.headers)
+        report = self._report
+        report.status = exchange.status
+        report.streamed = self._framing is not Framing.WHOLE
+
+        def make(length: int | None) -> Reply:
+            report.first_at = self._clock()
+            return Reply(self._request, exchange.status, exchange.reason, head + extra, length)
+
+        self._make = make
+        self._watch = _Watch(exchange, self._limits.between_s)
+        if not exchange.whole:
+            self._watch.start()
         try:
-            if framing is Framing.WHOLE:
-                return await self._hold(exchange, watch, headers, length)
-            return await self._stream(exchange, watch, headers)
+            if self._framing is Framing.WHOLE:
+                return await self._hold(exchange, length)
+            return await self._stream(exchange)
         finally:
-            watch.stop()
+            self._watch.stop()
             seen = self._before + self._last
             # The first event of an Anthropic stream holds an estimate, which nobody shall count.
-            if framing is not Framing.SSE or self._route.final in seen:
-                self._report.usage = usage.read(seen)
+            if self._framing is not Framing.SSE or self._route.final in seen:
+                report.usage = usage.read(seen)
 
-    async def _hold(
-        self, exchange: Exchange, watch: "_Watch", headers: CIMultiDict[str], length: int | None
-    ) -> web.StreamResponse:
+    async def _hold(self, exchange: Exchange, length: int | None) -> Reply:
         """Answer only when it is whole, so that whatever fails before has its true status."""
         pieces: list[bytes] = []
         held = 0
         while held <= self._limits.held_bytes:
-            data = await watch.read()
+            data = await exchange.read()
             if not data:
-                body = b"".join(pieces)
-                self._last = body
-                self._report.first_at = self._clock()
-                return web.Response(
-                    status=exchange.status, reason=_reason(exchange), headers=headers, body=body
-                )
+                self._last = b"".join(pieces)
+                reply = self._make(len(self._last))
+                reply.finish_with(self._last)
+                return reply
+            self._watch.heard()
             pieces.append(data)
             held += len(data)
         self._torn = True
-        reply = await self._begin(exchange, headers, length)
-        for data in pieces:
-            await reply.write(data)
+        self._reply = self._make(length)
+        if not self._reply.push(b"".join(pieces)):
+            await self._drain()
         pieces.clear()
-        while data := await watch.read():
-            self._before, self._last = self._last, data
-            await reply.write(data)
-        await reply.write_eof()
-        return reply
+        await exchange.pump(self._take, self._drain)
+        return self._reply
 
-    async def _stream(
-        self, exchange: Exchange, watch: "_Watch", headers: CIMultiDict[str]
-    ) -> web.StreamResponse:
-        reply: _Reply | None = None
-        tail = b""
-        while data := await watch.read():
-            if tail:
-                data = tail + data
-            cut = _whole(data, self._framing)
-            if cut == len(data):
-                tail = b""
-            elif len(data) - cut > self._limits.record_bytes:
-                self._torn, tail = True, b""
-            else:
-                data, tail = data[:cut], data[cut:]
-                if not cut:
-                    continue
-            self._before, self._last = self._last, data
-            if reply is None:
-                reply = await self._begin(exchange, headers, None)
-            await reply.write(data)
-            self._torn = self._torn and cut != len(data)
+    async def _stream(self, exchange: Exchange) -> Reply:
+        self._record_end = _RECORD_ENDS.get(self._framing, b"")
+        await exchange.pump(self._take_records, self._drain)
+        if self._reply is None:
+            self._reply = self._make(None)
+        if self._tail:
+            self._before, self._last = self._last, self._tail
+            self._reply.finish_with(self._tail)
+        return self._reply
+
+    def _take(self, data: bytes) -> bool:
+        """Pass a piece on, inside the callback that received it."""
+        self._watch.heard()
+        self._before, self._last = self._last, data
+        reply = self._reply
         if reply is None:
-            reply = await self._begin(exchange, headers, None)
-        if tail:
-            self._before, self._last = self._last, tail
-        await reply.write_eof(tail)
-        return reply
+            reply = self._reply = self._make(None)
+        return reply.push(data)
 
-    async def _begin(
-        self, exchange: Exchange, headers: CIMultiDict[str], length: int | None
-    ) -> _Reply:
-        reply = _Reply(status=exchange.status, reason=_reason(exchange), headers=headers)
-        reply.content_length = length
-        self._reply = reply
-        self._report.first_at = self._clock()
-        await reply.prepare(self._request)
-        return reply
+    def _take_records(self, data: bytes) -> bool:
+        """Pass whole records on. A node flushes one per piece: the common case is one look."""
+        if self._tail or self._torn or not data.endswith(self._record_end):
+            data = self._cut(data)
+            if not data:
+                self._watch.heard()
+                return True
+        return self._take(data)
 
-    async def break_off(self, failure: Failure, message: str) -> web.StreamResponse:
+    def _cut(self, data: bytes) -> bytes:
+        """The whole records of what there is; the rest waits, unless it has grown too large."""
+        data = self._tail + data
+        cut = _whole(data, self._framing)
+        if len(data) - cut > self._limits.record_bytes:
+            self._torn, self._tail = True, b""
+            return data
+        self._torn = self._torn and not cut
+        self._tail = data[cut:]
+        return data[:cut]
+
+    async def _drain(self) -> None:
+        """Wait for the client. Its slowness is not the node's."""
+        assert self._reply is not None
+        self._watch.pause()
+        await self._reply.drain()
+        self._watch.heard()
+
+    async def break_off(self, failure: Failure, message: str) -> Reply:
         """End an answer that has begun. If its final record has been seen, it is complete."""
         reply = self._reply
         assert reply is not None
         if dialect.is_final(self._route, self._before + self._last):
             self._report.ending = Ending.OK
-            await reply.write_eof()
             return reply
         self._report.ending = Ending.BROKEN
         self._report.error = message
         if self._torn or self._framing is Framing.OPAQUE:
             # Nothing readable can follow half a record: the client must see that it is cut.
-            if self._request.transport is not None:
-                self._request.transport.abort()
+            reply.cut()
             return reply
         status = 504 if failure.kind is FailureKind.STALLED else 502
         record = dialect.error_record(self._route, self._framing, status, message, new_request_id())
-        await reply.write_eof(record)
+        reply.finish_with(record)
         return reply
 
 
 class _Watch:
-    """Reads from a node that may not be silent for too long, with one timer in all.
+    """Cuts an exchange off whose node has been silent for too long, with one timer in all."""
 
-    Only waiting for the node counts: a client that reads slowly is not the node's fault.
-    """
+    __slots__ = ("_exchange", "_handle", "_heard", "_limit_s", "_loop")
 
     def __init__(self, exchange: Exchange, limit_s: float) -> None:
         self._exchange = exchange
         self._limit_s = limit_s
-        self._loop = asyncio.get_running_loop()
-        self._waiting_since: float | None = None
-        self._handle = self._loop.call_later(limit_s, self._look)
+        self._heard: float | None = None
+        self._handle: asyncio.TimerHandle | None = None
 
-    async def read(self) -> bytes:
-        self._waiting_since = self._loop.time()
-        data = await self._exchange.read()
-        self._waiting_since = None
-        return data
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._handle = self._loop.call_later(self._limit_s, self._look)
+        self.heard()
+
+    def heard(self) -> None:
+        if self._handle is not None:
+            self._heard = self._loop.time()
+
+    def pause(self) -> None:
+        """The node is not waited for, until it is heard again."""
+        self._heard = None
 
     def stop(self) -> None:
-        self._handle.cancel()
+        if self._handle is not None:
+            self._handle.cancel()
 
     def _look(self) -> None:
         now = self._loop.time()
-        since = now if self._waiting_since is None else self._waiting_since
+        since = now if self._heard is None else self._heard
         if now - since >= self._limit_s:
             detail = f"sent nothing for {self._limit_s:g} s"
             self._exchange.abort(
@@ -209,42 +220,35 @@ def _whole(data: bytes, framing: Framing) -> int:
     """How many leading bytes of `data` are whole records."""
     if framing is Framing.NDJSON:
         return data.rfind(b"\n") + 1
-    if framing is Framing.OPAQUE:
-        return len(data)
     if data.endswith(b"\n\n"):
         return len(data)
     unix, dos = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
     return max(unix + 2 if unix >= 0 else 0, dos + 4 if dos >= 0 else 0)
 
 
-def _read_head(
-    raw: Iterable[tuple[bytes, bytes]],
-) -> tuple[CIMultiDict[str], Framing, int | None]:
-    """The headers that go on to the client, how the body is framed, and its length."""
-    headers: CIMultiDict[str] = CIMultiDict()
-    raw = list(raw)
-    dropped = _NOT_RELAYED | nominated(raw)
+def read_head(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, Framing, int | None]:
+    """Header lines that go on to the client, how the body is framed, and its length."""
+    kept: list[tuple[bytes, bytes, bytes]] = []
+    named: frozenset[bytes] = frozenset()
     framing, length, packed = Framing.WHOLE, None, False
     for name, value in raw:
         lower = name.lower()
-        if lower == b"content-length":
-            length = int(value)
-        if lower in dropped:
+        if lower in _NOT_RELAYED:
+            if lower == b"content-length":
+                length = int(value)
+            elif lower == b"connection":
+                named |= tokens(value)
             continue
         if lower == b"content-type":
             framing = _FRAMINGS.get(value.partition(b";")[0].strip().lower(), framing)
         packed = packed or lower == b"content-encoding"
-        headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        kept.append((lower, name, value))
     if packed and framing is not Framing.WHOLE:
         framing = Framing.OPAQUE
-    return headers, framing, length
+    lines = [b"%b: %b\r\n" % (name, value) for lower, name, value in kept if lower not in named]
+    return b"".join(lines), framing, length
 
 
-def nominated(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
-    """The headers that `Connection` names, which end at this hop like itself."""
-    values = [value for name, value in headers if name.lower() == b"connection"]
-    return frozenset(token.strip().lower() for value in values for token in value.split(b","))
-
-
-def _reason(exchange: Exchange) -> str:
-    return exchange.reason.decode("latin-1")
+def tokens(value: bytes) -> frozenset[bytes]:
+    """The headers that a `Connection` header names, which end at this hop like itself."""
+    return frozenset(token.strip().lower() for token in value.split(b","))

@@ -118,7 +118,7 @@ class Admin(_Section):
         "127.0.0.1:11436", validate_default=True, description="host:port; keep it private"
     )
     token: Token | None = Field(
-        None, description="bearer token that changing verbs need when not on loopback"
+        None, description="bearer token that changing verbs need; must be set away from loopback"
     )
 
 
@@ -217,7 +217,7 @@ class Config(_Section):
         Admin, BeforeValidator(long_form("listen"), json_schema_input_type=AddressText | Admin)
     ] = Field(default_factory=Admin, description="health, metrics and verbs of the operator")
     trusted: tuple[Network, ...] = Field(
-        (), description="proxies whose X-Forwarded-For and flow headers are believed"
+        (), description="proxies whose X-Forwarded-For is believed"
     )
     nodes: Nodes = Field((), description="short form of one pool called default")
     pool_entries: Annotated[

@@ -9,11 +9,12 @@ import ssl
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from router.core.types import Failure, FailureKind, NodeSpec, Tls
 from router.errors import UpstreamError
-from router.wire import Body, Connection, Exchange
+from router.exchange import Exchange
+from router.wire import Body, Connection
 
 __all__ = ["Exchange", "Upstream", "request_head"]
 
@@ -160,11 +161,13 @@ class Upstream:
         *,
         fresh: bool = False,
         no_body: bool = False,
+        first_byte_s: float | None = None,
     ) -> Exchange:
         """Send a request and wait for the status and headers of its response.
 
         `head` is whole, from the request line to the blank line (`request_head`). `fresh`: over
-        a new connection. `no_body`: the response to a HEAD. The caller closes the exchange.
+        a new connection. `no_body`: the response to a HEAD. `first_byte_s`: how long the head of
+        the response may take once connected. The caller closes the exchange.
         Raises `UpstreamError`; cancelled, it cuts the connection. A `body` that can change must
         not, until the exchange is closed.
         """
@@ -172,11 +175,18 @@ class Upstream:
         conn = None if fresh else idle.take()
         if conn is None:
             conn = await self._connect(node, idle)
+        limit = None
+        if first_byte_s is not None:
+            # A timer that cuts the connection costs a third of an asyncio.timeout.
+            limit = self._loop.call_later(first_byte_s, _cut_late, conn, first_byte_s)
         try:
             await conn.request(head, body, no_body=no_body)
         except BaseException:
             conn.abort()
             raise
+        finally:
+            if limit is not None:
+                limit.cancel()
         return Exchange(conn, idle.give)
 
     def forget(self, url: str) -> None:
@@ -184,6 +194,11 @@ class Upstream:
         idle = self._idle.pop(url, None)
         if idle is not None:
             idle.close()
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        # Asking asyncio each time is a system call, before Python 3.12.
+        return asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Cut every connection, idle or busy, and wait until all are gone."""
@@ -282,6 +297,11 @@ async def _resolve(node: NodeSpec) -> list[str]:
         told = error.strerror if isinstance(error, OSError) else "not a host name"
         raise _no_connection(f"no address for {node.host}: {told}") from None
     return [str(address[0]) for *_, address in found]
+
+
+def _cut_late(conn: Connection, limit_s: float) -> None:
+    detail = f"no first byte within {limit_s:g} s"
+    conn.abort(Failure(FailureKind.FIRST_BYTE_TIMEOUT, sent=True, detail=detail))
 
 
 def _no_connection(detail: str) -> UpstreamError:

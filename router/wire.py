@@ -15,7 +15,8 @@ from httptools import HttpParserError, HttpResponseParser
 from router.core.types import Failure, FailureKind
 from router.errors import UpstreamError
 
-Body: TypeAlias = bytes | bytearray | memoryview | Sequence[bytes]
+Body: TypeAlias = bytes | bytearray | memoryview | Sequence[bytes | bytearray | memoryview]
+Sink: TypeAlias = Callable[[bytes], bool]
 
 _JOIN_BYTES = 64 * 1024  # up to here, copying head and body into one write is cheaper than two
 _SLICE_BYTES = 256 * 1024  # of a big body, between two looks at what the node says
@@ -66,6 +67,7 @@ class Connection(asyncio.Protocol):
         "_full",
         "_high_water",
         "_keep",
+        "_loop",
         "_lost",
         "_no_body",
         "_parser",
@@ -73,6 +75,7 @@ class Connection(asyncio.Protocol):
         "_quiet",
         "_reused",
         "_sent",
+        "_sink",
         "_transport",
         "_waiter",
         "_whole",
@@ -87,6 +90,7 @@ class Connection(asyncio.Protocol):
     )
 
     _transport: asyncio.Transport
+    _loop: asyncio.AbstractEventLoop
     _feed: Callable[[bytes], None]
 
     def __init__(
@@ -102,12 +106,18 @@ class Connection(asyncio.Protocol):
         self._lost = lost
         self._parser: Any = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
         self._reused = False
         self._paused = False  # we asked the transport not to read
         self._full = False  # the transport asked us not to write
 
     def __repr__(self) -> str:
         return f"<Connection {self.state.name} reused={self._reused} pieces={len(self.pieces)}>"
+
+    @property
+    def full(self) -> bool:
+        """Whoever takes the body takes no more of it for now."""
+        return self._paused
 
     @property
     def idle(self) -> bool:
@@ -135,7 +145,7 @@ class Connection(asyncio.Protocol):
         """A future that ends at the next event of any sort. One waiter at a time."""
         if self._waiter is not None and not self._waiter.done():
             raise RuntimeError("somebody waits for this connection already")
-        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        self._waiter = waiter = self._loop.create_future()
         return waiter
 
     def take(self) -> bytes:
@@ -151,6 +161,20 @@ class Connection(asyncio.Protocol):
             self._resume_reading()
         return taken
 
+    def pour(self, sink: Sink | None) -> bool:
+        """From now on give the body to `sink` as it comes; says whether it still takes more.
+
+        It is called in the transport's own callback, so that no task wakes for a piece of body.
+        A waiter wakes at the end, or when the sink is full: then nothing is read until the next
+        call of this. None takes the sink away.
+        """
+        self._sink = sink
+        if sink is None or not self.pieces:
+            if self._paused and sink is not None:
+                self._resume_reading()
+            return True
+        return sink(self.take())
+
     def recycle(self) -> bool:
         """Make the connection ready for another request, if this one ended as it should."""
         if self.state is not _DONE or not self._keep or not self._whole:
@@ -158,6 +182,7 @@ class Connection(asyncio.Protocol):
         if self._transport.get_write_buffer_size():
             return False
         self.pieces.clear()
+        self._sink = None
         if self._paused:
             self._resume_reading()
         self.state = _IDLE
@@ -228,6 +253,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._loop = asyncio.get_running_loop()
 
     def data_received(self, data: bytes) -> None:
         if self.state is not _BODY and self.state is not _HEAD:
@@ -239,6 +265,9 @@ class Connection(asyncio.Protocol):
         except HttpParserError as error:
             self._refuse(error)
         if self.pieces:
+            if self._sink is not None:
+                self._pour_out(self._sink)
+                return
             self._buffered += self._quiet
             self._quiet = 0
             if self._buffered > self._high_water and not self._paused:
@@ -246,11 +275,17 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
         elif self._quiet > _FRAMING_BYTES and self.state is not _DONE:
             self._end(FailureKind.GARBAGE, "head, chunk extensions or trailers over 256 KiB")
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        self._wake()
+
+    def _pour_out(self, sink: Sink) -> None:
+        self._quiet = 0
+        if not sink(self.take()):
+            if self.state is _BODY and not self._paused:
+                self._paused = True
+                self._transport.pause_reading()
+            self._wake()
+        elif self.state is not _BODY:
+            self._wake()
 
     def eof_received(self) -> None:
         if self.state is _BODY and not self._framed():
@@ -348,46 +383,6 @@ class Connection(asyncio.Protocol):
 
     def _where(self) -> str:
         return "before the response" if self.state is _HEAD else "inside the response"
-
-
-class Exchange:
-    """A response whose status and headers have arrived. `headers`: raw, in order, as they came."""
-
-    __slots__ = ("_conn", "_release", "headers", "reason", "status")
-
-    def __init__(self, conn: Connection, release: Callable[[Connection], None]) -> None:
-        self._conn: Connection | None = conn
-        self._release = release
-        self.status = conn.status
-        self.reason = conn.reason
-        self.headers = conn.headers
-
-    async def read(self) -> bytes:
-        """All of the body that is there, at least one byte; b"" at its clean end.
-
-        Raises `UpstreamError` if it ends in any other way, after all that came before is read.
-        """
-        # Asked anew after each wait: a closed exchange's connection may serve another by now.
-        while (conn := self._conn) is not None:
-            if conn.pieces:
-                return conn.take()
-            if conn.state is not _BODY:
-                if conn.failure is None:
-                    return b""
-                raise conn.error()
-            await conn.wait()
-        raise RuntimeError("the exchange is closed")
-
-    def abort(self, failure: Failure) -> None:
-        """Cut the response off: what `read` raises, once all that has come is read."""
-        if self._conn is not None:
-            self._conn.abort(failure)
-
-    def close(self) -> None:
-        """Give the connection back if the response is whole, else cut it: so a node is told."""
-        conn, self._conn = self._conn, None
-        if conn is not None:
-            self._release(conn)
 
 
 def _slices(parts: Sequence[bytes | bytearray | memoryview]) -> Iterator[memoryview]:

@@ -98,12 +98,14 @@ def parsed(settings: Mapping[str, Any]) -> Config:
 async def rig(
     *specs: SimSpec,
     entries: Sequence[Mapping[str, Any]] = (),
+    looked: bool = True,
     **sections: Any,
 ) -> AsyncIterator[Rig]:
     """Start one simulated node per spec (names n1, n2, …) and a router in front of them.
 
     `entries` add to, or replace, fields of the nodes in the configuration; `sections` are
-    other top-level keys of it. Probes run only when a test says `look()`, once at the start.
+    other top-level keys of it. Probes run only when a test says `look()`, and once at
+    the start unless `looked` is false.
     """
     output = io.StringIO()
     log.setup("debug", "json", output)
@@ -120,7 +122,8 @@ async def rig(
         connector = aiohttp.TCPConnector(limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         made = Rig(app, nodes, session, output, settings)
-        await made.look()
+        if looked:
+            await made.look()
         yield made
 
 

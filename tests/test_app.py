@@ -76,3 +76,23 @@ async def test_flips_are_said_once_each_and_the_last_one_down_is_an_error() -> N
             ("warning", "node down", "n2"),
             ("error", "no node is up", None),
         ]
+
+
+async def test_no_node_is_said_to_be_missing_before_each_was_looked_at() -> None:
+    async with rig(spec(), spec(), looked=False) as r:
+        await r.nodes[0].refuse()
+        await r.look()
+        assert [line["event"] for line in r.lines] == ["node down", "node up"]
+
+
+async def test_whoever_asked_is_told_of_every_flip() -> None:
+    told: list[bool] = []
+    async with rig(spec()) as r:
+        r.app._changed = lambda: told.append(r.app.pool.any_up)
+        await r.nodes[0].refuse()
+        await r.look()
+        await r.look()
+        await r.nodes[0].accept()
+        await r.look()
+        await r.look()
+    assert told == [False, True]

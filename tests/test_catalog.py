@@ -170,3 +170,32 @@ def test_versions_are_ordered_by_their_numbers() -> None:
     shuffled = ordered[::2] + ordered[1::2]
     assert sorted(shuffled, key=version_key) == ordered
     assert version_key("rubbish") == ((0,), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        (f"{MODEL}@n1", 200),
+        ("ollama/llama3:8b", 404),  # two segments: as a single Ollama
+        ("chat", 200),
+        (f"{MODEL}@n2", 404),
+        (f"{MODEL}@nobody", 400),
+        ("m@", 400),
+    ],
+)
+async def test_one_model_is_found_by_any_name_that_a_request_may_use(
+    name: str, status: int
+) -> None:
+    async with rig(spec(), spec(model("other")), aliases={"chat": MODEL}) as r:
+        async with r.session.get(f"{r.url}/v1/models/{name}") as answer:
+            assert answer.status == status
+            found = json.loads(await answer.read()) if status != 404 or "@" in name else {}
+        assert found.get("id") == (name if status == 200 else None)
+
+
+async def test_a_model_of_a_node_that_is_down_cannot_be_had() -> None:
+    async with rig(spec()) as r:
+        await r.nodes[0].refuse()
+        await r.look()
+        async with r.session.get(f"{r.url}/v1/models/{MODEL}") as answer:
+            assert answer.status == 503

@@ -15,10 +15,6 @@ MODEL = "a model name is expected: name:tag or name:tag@node"
             "{url: h, headers: {A: x, a: y}}",
             "1:34: nodes[0].headers.a: this header stands twice: keep one",
         ),
-        (
-            "{url: 'http://h', tls: {}}",
-            "1:27: nodes[0].tls: an http node has no TLS: use https, or remove it",
-        ),
         ("a, 'http://A:11434/'", "1:12: nodes[1]: the same address as nodes[0]: keep one"),
         (
             "{url: a, name: x}, {url: b, name: X}",

@@ -335,7 +335,16 @@ async def test_the_supervisor_hears_of_every_turn(path: Path) -> None:
                 said = await systemd.heard("RELOADING")
                 assert said["RELOADING"] == "1"
                 assert int(said["MONOTONIC_USEC"]) > 0
-                assert (await systemd.heard("READY"))["STATUS"]
+                assert (await systemd.heard("READY"))["STATUS"] == "1 of 1 nodes up"
+                write(path, {"nodes": []})
+                router.process.signal(signal.SIGHUP)
+                refused = "1 of 1 nodes up, configuration refused"
+                while (await systemd.heard("READY"))["STATUS"] != refused:
+                    pass
+                await node.refuse()
+                while "READY" in (said := await systemd.heard("STATUS")):
+                    pass  # the watched file was read once more
+                assert said == {"STATUS": "0 of 1 nodes up, configuration refused"}
                 router.process.signal(signal.SIGTERM)
                 assert (await systemd.heard("STOPPING"))["STOPPING"] == "1"
                 assert await router.process.ended() == 0

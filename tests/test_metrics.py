@@ -84,7 +84,7 @@ async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
         await r.look()
         await r.look()
         await chat(r)
-        r.app.metrics.retries.labels("/api/chat").inc(0)
+        r.app.metrics.requests.count(report(attempts=2), ended=20.0)
         await r.look()
         families = {
             family.name: (
@@ -273,7 +273,7 @@ async def test_a_client_that_left_is_counted_as_such() -> None:
 def counted(*reports: Report, ended: float) -> Samples:
     metrics = Metrics(list)
     for report in reports:
-        metrics.request(report, ended)
+        metrics.requests.count(report, ended)
     return read(metrics.render().decode())
 
 

@@ -289,8 +289,8 @@ NODES = r"n1 \(http://127\.0\.0\.1:\d+\), n2 \(http://127\.0\.0\.1:\d+\)"
         ("nope@n1", 404, r"model 'nope' not found on http://127\.0\.0\.1:\d+"),
         ("only2@n1", 404, r"model 'only2' not found on http://127\.0\.0\.1:\d+"),
         ("llama3:8b@n3", 503, r"cannot connect to Ollama server at http://127\.0\.0\.1:\d+"),
-        ("only3", 503, "no node that has model 'only3' is up: n3"),
-        ("alias-down", 503, "no node that has model 'only3' is up: n3"),
+        ("only3", 503, "no node is up for model 'only3': n3"),
+        ("alias-down", 503, "no node is up for model 'only3': n3"),
     ],
 )
 async def test_a_request_without_a_node_is_told_why(
@@ -391,7 +391,7 @@ async def test_the_exact_name_with_a_prefix_wins_even_if_its_node_is_down() -> N
         status, _, body = await ask(r, "ollama/llama3:8b")
         assert (status, text(body)) == (
             503,
-            "no node that has model 'ollama/llama3:8b' is up: n2",
+            "no node is up for model 'ollama/llama3:8b': n2",
         )
 
 
@@ -486,7 +486,7 @@ async def test_all_nodes_refusing_is_a_503_that_names_them(path: str) -> None:
             await node.stop()
         status, headers, body = await ask(r, MODEL, path)
         assert status == 503
-        assert text(body) == f"no node that has model '{MODEL}' is up: n1, n2"
+        assert text(body) == f"no node is up for model '{MODEL}': n1, n2"
         assert headers["X-Ollamux-Attempts"] == "2"
         assert r.app.pool.in_flight == 0
         await r.until(lambda: r.requests != [])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from router.core.types import Failure, FailureKind
 from router.errors import UpstreamError
-from router.wire import Connection, Exchange, State
+from router.exchange import Exchange
+from router.wire import Connection, State
 
 HEAD = b"POST /api/chat HTTP/1.1\r\nHost: node\r\nContent-Length: 0\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\n"

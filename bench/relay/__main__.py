@@ -138,7 +138,10 @@ def _table(servers: Sequence[Server], seen: Mapping[str, Mapping[str, list[float
     names = [server.name for server in servers]
     lines = ["| | " + " | ".join(names) + " | ollamux ÷ nginx | ollamux ÷ baseline |"]
     lines.append("|---" * (len(names) + 3) + "|")
+    measured = {row for figures in seen.values() for row in figures}
     for row, (unit, compared) in _ROWS.items():
+        if row not in measured:
+            continue
         cells = [_cell(seen[name].get(row, []), unit) for name in names]
         ratios = ["", ""]
         if compared:

@@ -5,8 +5,11 @@ Source: Ollama's own API, as described in `docs/compatibility.md`.
 
 import enum
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from router.core import names, peek
 from router.core.types import NodeSpec, Refusal, Rejected
@@ -119,23 +122,66 @@ def find(path: str) -> Route | None:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the client asked. `model` is empty where the body names none that can be read;
-    `span` is where its JSON string stands in the body. `streams`: the answer may be a stream."""
+    """What the client asked. `model` is empty where the body names none that can be read.
+    `streams`: the answer may be a stream."""
 
     route: Route
     model: str = ""
-    span: peek.Span | None = None
     streams: bool = False
+
+
+class _Fields(msgspec.Struct):
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
+
+
+_decode = msgspec.json.Decoder(_Fields).decode
+# The quick way knows keys as they are written. Any other spelling that Go would take for one of
+# ours, by case or by an escape, has to go the exact way.
+_OTHER_SPELLING = re.compile(
+    rb'"(?!(?:model|name|stream)")(?:[mM][oO][dD][eE][lL]|[nN][aA][mM][eE]'
+    rb'|(?:[sS]|\xc5\xbf)[tT][rR][eE][aA][mM])"[ \t\r\n]*:'
+)
+_ESCAPED_KEY = re.compile(rb'\\u[0-9a-fA-F]{4}[A-Za-z]*"[ \t\r\n]*:')
+_QUICK_BYTES = 256 * 1024
 
 
 def parse(route: Route, body: bytes | bytearray) -> Call:
     """Peek at a body. One that cannot be read gives a Call without a model, never an error:
     a node's own answer to it is the right one."""
+    call = _parse_quickly(route, body) if len(body) <= _QUICK_BYTES else None
+    return _parse_exactly(route, body) if call is None else call
+
+
+def _parse_quickly(route: Route, body: bytes | bytearray) -> Call | None:
+    """What the exact way would say, or None where it has to be asked."""
+    if _OTHER_SPELLING.search(body) or _ESCAPED_KEY.search(body):
+        return None
+    try:
+        fields = _decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
+    model = fields.model or ""
+    if not model.strip() and "name" in route.model_in:
+        model = fields.name or ""
+    stream = route.streams if fields.stream is None else fields.stream
+    return Call(route, model if model.strip() else "", bool(stream and route.streams is not None))
+
+
+def _parse_exactly(route: Route, body: bytes | bytearray) -> Call:
     try:
         fields = peek.top_level(body)
     except peek.Unreadable:
         return Call(route, streams=bool(route.streams))
-    streams = _streams(route, body, fields)
+    model, _ = _model(route, body, fields)
+    return Call(route, model, _streams(route, body, fields))
+
+
+def _model(
+    route: Route, body: bytes | bytearray, fields: Mapping[str, peek.Span]
+) -> tuple[str, peek.Span | None]:
+    """The first field that names a model, and where its string stands."""
     for field in route.model_in:
         span = fields.get(field)
         if span is not None:
@@ -144,8 +190,8 @@ def parse(route: Route, body: bytes | bytearray) -> Call:
             except peek.Unreadable:
                 continue
             if model.strip():
-                return Call(route, model, span, streams)
-    return Call(route, streams=streams)
+                return model, span
+    return "", None
 
 
 def _streams(route: Route, body: bytes | bytearray, fields: Mapping[str, peek.Span]) -> bool:
@@ -156,12 +202,16 @@ def _streams(route: Route, body: bytes | bytearray, fields: Mapping[str, peek.Sp
     return value == b"true" if value in (b"true", b"false") else route.streams
 
 
-def rename(body: bytes | bytearray, call: Call, sent: str) -> tuple[bytes, ...]:
+def rename(
+    body: bytes | bytearray, call: Call, sent: str
+) -> tuple[bytes | bytearray | memoryview, ...]:
     """The body with the model's name replaced: pieces to be written one after the other."""
-    if call.span is None or call.model.strip() == sent:
-        return (bytes(body),)
-    start, end = call.span
-    return bytes(body[:start]), json.dumps(sent).encode(), bytes(body[end:])
+    if not call.model or call.model.strip() == sent:
+        return (body,)
+    _, span = _model(call.route, body, peek.top_level(body))
+    assert span is not None  # the call's model was read from this body
+    view = memoryview(body)
+    return view[: span[0]], json.dumps(sent).encode(), view[span[1] :]
 
 
 def refusal(route: Route, model: str, rejected: Rejected) -> tuple[int, str]:
@@ -182,7 +232,7 @@ def refusal(route: Route, model: str, rejected: Rejected) -> tuple[int, str]:
         case Refusal.NO_MODEL:
             return 404, route.missing.format(name=model, key=names.parse(model).key)
         case Refusal.NODES_DOWN:
-            return 503, f"no node that has {what} is up: {nodes}"
+            return 503, f"no node is up for {what}: {nodes}"
         case Refusal.ALL_TRIED:  # pragma: no branch
             return 503, f"cannot connect to any node that has {what}: {nodes}"
 

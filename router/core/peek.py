@@ -40,7 +40,7 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
             raise Unreadable("a key without a value")
         at = _blank(body, at + 1)
         end = _value_end(body, at)
-        spans[key.casefold()] = (at, end)
+        spans[_fold(key)] = (at, end)
         at = _blank(body, end)
         mark = body[at : at + 1]
         if mark == b"}":
@@ -48,6 +48,11 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
         if mark != b",":
             raise Unreadable("neither a comma nor the end of the object")
         at = _blank(body, at + 1)
+
+
+def _fold(key: str) -> str:
+    """Equal for keys that Go takes for equal: ASCII case, the long s and the Kelvin sign."""
+    return key.replace("\u017f", "s").replace("\u212a", "k").lower()
 
 
 def text(body: bytes | bytearray, span: Span) -> str:

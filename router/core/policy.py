@@ -32,12 +32,12 @@ def eligible(
     """The nodes that may be asked; `tried` holds urls of nodes that have failed this request."""
     if target.pin is not None:
         return _pinned(pools, target, target.pin, tried)
-    holders = [[node for node in nodes if node.serves(target.model)] for nodes in pools]
-    for place, nodes in enumerate(holders):
-        usable = [node for node in nodes if node.up and node.spec.url not in tried]
+    model = target.model
+    for place, nodes in enumerate(pools):
+        usable = [n for n in nodes if n.up and n.serves(model) and n.spec.url not in tried]
         if usable:
             return Eligible(usable, _reason(place, usable))
-    return _nobody([node for nodes in holders for node in nodes], pools)
+    return _nobody([node for nodes in pools for node in nodes if node.serves(model)], pools)
 
 
 def _reason(place: int, usable: Sequence[Node]) -> Reason:
@@ -81,4 +81,6 @@ def _pinned(
 
 def pick(nodes: Sequence[Node]) -> Node:
     """Least in flight for its size; among equals the one whose turn is longest ago."""
+    if len(nodes) == 1:
+        return nodes[0]
     return min(nodes, key=lambda node: (node.load, node.turn))

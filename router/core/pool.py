@@ -22,6 +22,9 @@ from router.core.types import (
     Topology,
 )
 
+# Names as clients write them, read once per revision. A client may send any number of them.
+_RESOLVED_MAX = 1000
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attempt:
@@ -70,6 +73,8 @@ class Pool:
         self._leaving: list[Node] = []
         self._leases: dict[Attempt, Node] = {}
         self._turn = 0
+        self._resolved: dict[str, Target | Rejected] = {}
+        self._resolved_at = 0
         self.reconfigure(topology, now)
 
     def __repr__(self) -> str:
@@ -105,6 +110,15 @@ class Pool:
 
     def resolve(self, text: str) -> Target | Rejected:
         """Read a model's name as a client wrote it: pin, alias and prefix taken off."""
+        if self._resolved_at != self.revision or len(self._resolved) > _RESOLVED_MAX:
+            self._resolved_at = self.revision
+            self._resolved.clear()
+        found = self._resolved.get(text)
+        if found is None:
+            found = self._resolved[text] = self._resolve(text)
+        return found
+
+    def _resolve(self, text: str) -> Target | Rejected:
         try:
             left, pin = names.split_pin(text)
             alias = self._aliases.get(self._name(left).key)
@@ -131,6 +145,13 @@ class Pool:
     def knows(self, key: str) -> bool:
         """Whether any node, up or down, has this model as far as known."""
         return any(key in node.present for node in self._nodes.values())
+
+    def eligible(self, target: Target) -> Sequence[NodeSpec] | Rejected:
+        """The nodes that a request for this would be sent to now; nothing is counted."""
+        found = policy.eligible(self._pools, target, ())
+        if isinstance(found, Rejected):
+            return found
+        return [node.spec for node in found.nodes]
 
     def submit(self, attempt: Attempt) -> Lease | Rejected:
         """Choose a node and count the attempt on it, in one step."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core import peek
+from router.core import dialect
 from router.core.dialect import (
     ROUTES,
     Call,
@@ -190,15 +190,13 @@ def call(path: str, body: bytes) -> Call:
         ("/api/show", b'{"name":"n","model":"m"}', "m"),
         ("/api/show", b'{"model":"","name":"n"}', "n"),
         ("/api/show", b'{"model":null,"Name":"n"}', "n"),
+        ("/api/show", b'{"model":" ","Name":"n"}', "n"),
+        ("/api/show", b'{"model":" ","name":"n"}', "n"),
         ("/v1/messages", b'{"max_tokens":1,"model":"m"}', "m"),
     ],
 )
 def test_model_of_a_body(path: str, body: bytes, model: str) -> None:
-    found = call(path, body)
-    assert found.model == model
-    assert (found.span is not None) is bool(model)
-    if found.span:
-        assert peek.text(body, found.span) == model
+    assert call(path, body).model == model
 
 
 @pytest.mark.parametrize(
@@ -250,6 +248,40 @@ def test_rename_replaces_the_models_name_and_nothing_else(
     body: bytes, sent: str, expected: bytes
 ) -> None:
     assert b"".join(rename(body, call("/api/chat", body), sent)) == expected
+
+
+_SPELLINGS = st.sampled_from([
+    '"model"', '"Model"', '"MODEL"', '"mod\\u0065l"', '"\\u004dodel"', '"name"', '"Name"',
+    '"stream"', '"Stream"', '"\u017ftream"', '"\\u017Ftream"',
+    '"str\\u0065am"', '"model "', '"x"', '"xmodel"',
+])  # fmt: skip
+_VALUES = st.sampled_from([
+    '"m"', '"n:8b"', '""', '" "', '"\\ud800"', '"a\\u0040b"', "null", "true", "false", "1", "[]",
+    '{"model":"inner"}', '{"Model":1}', '["stream"]', '"model"', '"\\"model\\":"', "01", "tru",
+])  # fmt: skip
+_BODIES = st.lists(st.tuples(_SPELLINGS, st.sampled_from([":", " : "]), _VALUES), max_size=5).map(
+    lambda fields: "{" + ",".join("".join(field) for field in fields) + "}"
+)
+
+
+@given(_BODIES, st.sampled_from(["", " ", "x", "{}", "\udcff"]), st.sampled_from(list(FINAL)))
+def test_the_quick_reading_says_what_the_exact_one_says_or_nothing(
+    text: str, behind: str, path: str
+) -> None:
+    body = (text + behind).encode("utf-8", "surrogateescape")
+    quick = dialect._parse_quickly(route(path), body)
+    assert quick in (None, dialect._parse_exactly(route(path), body))
+
+
+@pytest.mark.parametrize("value", ['"m"', "null"])
+def test_the_usual_body_is_read_quickly(value: str) -> None:
+    body = b'{"model":%b,"messages":[{"role":"user","content":"hi"}]}' % value.encode()
+    assert dialect._parse_quickly(route("/api/chat"), body) is not None
+
+
+def test_a_large_body_is_read_exactly() -> None:
+    body = b'{"images":["%b"],"MODEL":"m"}' % (b"A" * 300_000)
+    assert call("/api/chat", body).model == "m"
 
 
 _KEYS = st.text('mMoOdelname"\\\u212a', max_size=6).filter(lambda key: key.casefold() != "model")
@@ -353,14 +385,14 @@ REFUSED: dict[str, tuple[str, str, Rejected, int, str]] = {
         "m",
         Rejected(Refusal.NODES_DOWN, (ONE, TWO)),
         503,
-        "no node that has model 'm' is up: gpu-1, gpu-2",
+        "no node is up for model 'm': gpu-1, gpu-2",
     ),
     "nodes down for a body without a model": (
         "/api/chat",
         "",
         Rejected(Refusal.NODES_DOWN, (ONE,)),
         503,
-        "no node that has any model is up: gpu-1",
+        "no node is up for any model: gpu-1",
     ),
     "every node was tried": (
         "/api/chat",

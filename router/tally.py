@@ -1,0 +1,177 @@
+"""What requests have come to, cheap to add to; Prometheus families are made of it at a scrape.
+
+A request touches ten series. prometheus_client's own children take a lock for each of them and
+walk the buckets one by one; here it is a bisection and an addition, in the one thread there is.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from router.log import Ending, Report
+
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600,
+)  # fmt: skip
+_FINE_SECONDS = (0.0001, 0.00025, 0.0005, *SECONDS)
+_WHERE = ("endpoint", "model", "node")
+# load_duration of a warm model is a few milliseconds; anything longer had to load.
+_COLD_LOAD_S = 0.1
+
+
+class Spread:
+    """A histogram: how many samples lie up to each bound, and their sum."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, sample: float) -> None:
+        self._counts[bisect_left(self._bounds, sample)] += 1
+        self._sum += sample
+
+    def fill(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Put it into a family, with counts that add up as Prometheus wants them."""
+        buckets, total = [], 0
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), total))
+        family.add_metric(labels, buckets, self._sum)
+
+
+class _Place:
+    """The sums of one (endpoint, model, node)."""
+
+    __slots__ = ("completion", "duration", "endings", "prompt", "tpot", "ttft")
+
+    def __init__(self) -> None:
+        self.endings: Counter[Ending] = Counter()
+        self.duration = Spread()
+        self.ttft = Spread()
+        self.tpot = Spread()
+        self.prompt = 0
+        self.completion = 0
+
+    def count(self, report: Report, ended: float) -> None:
+        usage = report.usage
+        self.endings[report.ending] += 1
+        self.duration.add(ended - report.started)
+        if report.first_at is not None and report.ending is Ending.OK:
+            self.ttft.add(report.first_at - report.started)
+        self.prompt += usage.prompt_tokens or 0
+        self.completion += usage.completion_tokens or 0
+        pace = _pace(report, ended)
+        if pace is not None:
+            self.tpot.add(pace)
+
+
+class Tally(Collector):
+    """All requests so far."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str, str, str], _Place] = {}
+        self._loads: dict[tuple[str, str], Spread] = {}
+        self._overhead = Spread(_FINE_SECONDS)
+        self._retries: Counter[str] = Counter()
+        self._decisions: Counter[str] = Counter()
+
+    def count(self, report: Report, ended: float) -> None:
+        """Add a request that ended at `ended` (monotonic seconds)."""
+        model = report.model if report.known or not report.model else "unknown"
+        where = (report.endpoint, model, report.node)
+        place = self._places.get(where)
+        if place is None:
+            place = self._places[where] = _Place()
+        place.count(report, ended)
+        if report.reason:
+            self._decisions[report.reason] += 1
+        if report.attempts > 1:
+            self._retries[report.endpoint] += report.attempts - 1
+        if report.overhead_s is not None:
+            self._overhead.add(report.overhead_s)
+        load_s = report.usage.load_s
+        if load_s is not None and load_s >= _COLD_LOAD_S:
+            self._loads.setdefault((model, report.node), Spread()).add(load_s)
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._counters()
+        yield from self._spreads()
+
+    def _counters(self) -> Iterable[Metric]:
+        requests = _counter("requests", "Requests by how they ended.", *_WHERE, "outcome")
+        for where, place in self._places.items():
+            for ending in Ending:
+                requests.add_metric([*where, ending.value], place.endings[ending])
+        yield requests
+        prompt = _counter("prompt_tokens", "Prompt tokens, as counted by nodes.", *_WHERE)
+        completion = _counter(
+            "completion_tokens", "Completion tokens, as counted by nodes.", *_WHERE
+        )
+        for where, place in self._places.items():
+            prompt.add_metric(where, place.prompt)
+            completion.add_metric(where, place.completion)
+        yield prompt
+        yield completion
+        retries = _counter("retries", "Attempts after the first.", "endpoint")
+        for endpoint, count in self._retries.items():
+            retries.add_metric([endpoint], count)
+        yield retries
+        decisions = _counter("decisions", "Why a node was chosen, or none.", "reason")
+        for reason, count in self._decisions.items():
+            decisions.add_metric([reason], count)
+        yield decisions
+
+    def _spreads(self) -> Iterable[Metric]:
+        kinds: Sequence[tuple[str, str, Callable[[_Place], Spread]]] = (
+            ("request_duration", "From arrival to the end.", lambda place: place.duration),
+            (
+                "time_to_first_token",
+                "From arrival to the first record sent.",
+                lambda place: place.ttft,
+            ),
+            (
+                "time_per_output_token",
+                "Mean time between the tokens of an answer.",
+                lambda place: place.tpot,
+            ),
+        )
+        for name, text, spread in kinds:
+            family = _spread(name, text, *_WHERE)
+            for where, place in self._places.items():
+                spread(place).fill(family, where)
+            yield family
+        loads = _spread(
+            "model_load", "Cold loads, as the node's final record tells.", "model", "node"
+        )
+        for labels, taken in self._loads.items():
+            taken.fill(loads, labels)
+        yield loads
+        overhead = _spread(
+            "router_overhead", "The router's own time before the upstream request is written."
+        )
+        self._overhead.fill(overhead, [])
+        yield overhead
+
+
+def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"ollamux_{name}", text, labels=labels)
+
+
+def _spread(name: str, text: str, *labels: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"ollamux_{name}_seconds", text, labels=labels)
+
+
+def _pace(report: Report, ended: float) -> float | None:
+    """Seconds per output token: between the records of a stream, else as the node says."""
+    usage = report.usage
+    tokens = usage.completion_tokens or 0
+    if report.streamed and report.first_at is not None and tokens > 1:
+        return (ended - report.first_at) / (tokens - 1)
+    return usage.eval_s / tokens if usage.eval_s is not None and tokens else None
