@@ -219,6 +219,7 @@ def _proxy_settings(config: Config) -> ProxySettings:
     return ProxySettings(
         relay=Limits(limits.max_held_bytes, limits.max_record_bytes, timeouts.between_records_s),
         max_body_bytes=limits.max_body_bytes,
+        stalled_body_s=timeouts.stalled_body_s,
         first_byte_s=timeouts.first_byte_s,
     )
 

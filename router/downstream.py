@@ -18,6 +18,9 @@ from router.errors import ClientError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _VISIBLE = re.compile(r"[!-~]*")
+_PIPELINED = 8
+_IDLE_S = 75.0
+_VERSIONS = (aiohttp.HttpVersion10, aiohttp.HttpVersion11)
 _SHORTEST_FIELD_BYTES = 4  # a name, a colon, a line end
 
 _Data = TypeVar("_Data", bytes, bytearray)
@@ -147,7 +150,10 @@ class Connection(web.RequestHandler):
         if self._messages and isinstance(self._messages[-1][0], aiohttp.web_protocol._ErrInfo):
             self.broken = True
             self.abandon_body()
-        if self._current_request is None and not self._messages:
+        if self._current_request is not None and len(self._messages) > _PIPELINED:
+            # With its queue full aiohttp reads no more, and would not see this client leave.
+            self.force_close()
+        elif self._current_request is None and not self._messages:
             if self._head_handle is None:
                 self._head_handle = self._loop.call_later(self._head_timeout_s, self.force_close)
         elif self._head_handle is not None:
@@ -214,6 +220,7 @@ class Server(web.Server):
         self._settings = {
             "access_log": None,
             "auto_decompress": False,
+            "keepalive_timeout": _IDLE_S,
             "max_line_size": max_header_bytes,
             "max_field_size": max_header_bytes,
             "max_headers": max_header_bytes // _SHORTEST_FIELD_BYTES,
@@ -243,6 +250,10 @@ def target(request: Request) -> tuple[str, str]:
         head_bytes += len(name) + len(value)
     if head_bytes > request.server.max_header_bytes:
         raise ClientError(431, "request header fields too large")
+    if request.version not in _VERSIONS:
+        raise ClientError(505, "HTTP version not supported")
+    if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
+        raise ClientError(501, "unsupported transfer encoding")
     raw = request.raw_path
     if not raw.startswith("/"):
         return request.rel_url.path, ("?" + q if (q := request.rel_url.raw_query_string) else "")
@@ -274,16 +285,20 @@ def client_address(request: web.BaseRequest, trusted: Sequence[Network]) -> str:
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(text.strip())
+        return None if "%" in text else ipaddress.ip_address(text.strip())
     except ValueError:
         return None
 
 
-async def body(request: web.BaseRequest, limit: int) -> bytes | bytearray:
-    """The whole body. Raises ClientError 413 above `limit`, 400 for broken framing."""
+async def body(
+    request: web.BaseRequest, limit: int, stall_s: float | None = None
+) -> bytes | bytearray:
+    """The whole body. Raises ClientError 413 above `limit` bytes, 400 for broken framing, and 408
+    if nothing of it came for `stall_s`: a slow upload is none that has stalled."""
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
-    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+    modern = request.version >= aiohttp.HttpVersion11
+    if modern and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0
     if isinstance(request.protocol, Connection) and request.protocol.broken:
@@ -293,11 +308,18 @@ async def body(request: web.BaseRequest, limit: int) -> bytes | bytearray:
         if content.is_eof():  # it came with its head: one piece, no copy
             return _bounded(content.read_nowait(), limit)
         whole = bytearray()
-        while piece := await content.readany():
+        while True:
+            async with asyncio.timeout(stall_s):
+                piece = await content.readany()
+            if not piece:
+                break
             whole += piece
             _bounded(whole, limit)
     except aiohttp.web_protocol.RequestPayloadError:
         raise ClientError(400, "malformed request body") from None
+    except TimeoutError:
+        content.set_exception(TimeoutError())  # the rest is no request
+        raise ClientError(408, f"no more of the request body for {stall_s:g} s") from None
     return whole
 
 

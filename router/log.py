@@ -1,11 +1,12 @@
 """Logging: structlog set-up, the facts of one request, and its one canonical line."""
 
+import contextlib
 import enum
 import logging
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TextIO, cast
 
 import msgspec
 import structlog
@@ -13,6 +14,11 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from router.core.usage import Usage
 
+# Without the locals of each frame: they hold prompts.
+_TRACEBACKS = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+_PLAIN = structlog.dev.plain_traceback
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -69,17 +75,32 @@ def setup(level: str, style: str, out: TextIO | None = None) -> None:
     console = style == "console" or (style == "auto" and stream.isatty())
     shared: list[Processor] = [structlog.processors.add_log_level, _Stamp()]
     final: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=_PLAIN)]
         if console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(_json)]
+        else [_TRACEBACKS, structlog.processors.JSONRenderer(_json)]
     )
     structlog.configure(
         processors=shared + final,
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Lines(stream))),
         cache_logger_on_first_use=False,
     )
     _route_stdlib(shared, final, stream)
+
+
+class _Lines:
+    """A stream that never fails: a full disk or a reader that has gone costs lines, no request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 class _Stamp:
@@ -104,7 +125,7 @@ def _json(event: object, **_: object) -> str:
 
 def _route_stdlib(shared: list[Processor], final: list[Processor], stream: TextIO) -> None:
     """Libraries that log (aiohttp, asyncio) speak through the same renderer, from warnings up."""
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(cast(TextIO, _Lines(stream)))
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],

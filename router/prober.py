@@ -7,10 +7,11 @@ for what fails.
 import asyncio
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from router.core import names
+from router.core import dialect, names
 from router.core.dialect import VIA
 from router.core.pool import Pool
 from router.core.types import FailureKind, Flip, Model, NodeSpec, Observation, Sign
@@ -19,7 +20,9 @@ from router.errors import UpstreamError
 from router.metrics import Metrics
 from router.upstream import Exchange, Upstream, request_head
 
-_MAX_ANSWER_BYTES = 32 << 20
+_MAX_ANSWER_BYTES = 8 << 20
+_MAX_ENTRY_BYTES = 64 << 10
+_VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,3}[-+.\w]{0,40}", re.ASCII)
 _PATHS = {"version": "/api/version", "tags": "/api/tags", "ps": "/api/ps"}
 
 
@@ -166,9 +169,13 @@ class _Bad:
     detail: str
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _decoded(body: bytes | bytearray) -> Mapping[str, object] | _Bad:
     try:
-        answer = json.loads(body)
+        answer = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError):
         answer = None
     if isinstance(answer, dict):
@@ -185,8 +192,11 @@ def _observation(answers: Mapping[str, Mapping[str, object] | _Bad]) -> Observat
         case _Bad(bad, why):
             sign, detail = bad, why
         case answer:
-            version = str(answer.get("version", ""))
-            sign, detail = Sign.GOOD, "answers"
+            told = answer.get("version")
+            if isinstance(told, str) and _VERSION.fullmatch(told):
+                sign, detail, version = Sign.GOOD, "answers", told
+            else:
+                sign, detail = Sign.BAD, "its /api/version is not Ollama's"
     return Observation(
         sign=sign,
         version=version,
@@ -202,11 +212,14 @@ def _models(answer: Mapping[str, object] | _Bad | None) -> Mapping[str, Model] |
         return None
     found = {}
     for entry in listed:
-        if not isinstance(entry, dict):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
             continue
         try:
-            key = names.parse(str(entry.get("name", ""))).key
-        except names.BadName:
+            key = names.parse(name).key
+            size = len(dialect.dumps(entry))
+        except (names.BadName, RecursionError):
             continue
-        found[key] = Model(key, str(entry.get("digest", "")), entry)
+        if size <= _MAX_ENTRY_BYTES:
+            found[key] = Model(key, str(entry.get("digest", "")), entry)
     return found

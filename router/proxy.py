@@ -1,5 +1,6 @@
 """One request that a node is to answer: read, lease, attempt, answer."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from router import downstream, log
@@ -24,6 +25,7 @@ _NOT_FORWARDED = HOP_BY_HOP | {
     b"authorization", b"x-api-key", b"api-key", b"cookie",
 }  # fmt: skip
 
+_SECRET_ENDS = (b"-key", b"-token", b"authorization")
 _VIA = VIA.encode()
 
 
@@ -33,6 +35,7 @@ class Settings:
 
     relay: Limits
     max_body_bytes: int
+    stalled_body_s: float
     first_byte_s: float
 
 
@@ -56,9 +59,13 @@ class Proxy:
         UpstreamError where one was and gave no answer.
         """
         before = self.clock()
-        body = await downstream.body(request, self.settings.max_body_bytes)
+        settings = self.settings
+        body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
         reading_s = self.clock() - before
-        call = dialect.parse(route, body)
+        if len(body) <= dialect.QUICK_BYTES:
+            call = dialect.parse(route, body)
+        else:
+            call = await asyncio.to_thread(dialect.parse, route, body)
         target = self._target(call, report)
         pieces = dialect.rename(body, call, target.sent)
         passage = _Passage(self, request, report, call, target, query, extra, pieces, reading_s)
@@ -87,7 +94,7 @@ class _Passage:
     target: Target
     query: str
     extra: bytes
-    body: tuple[bytes | bytearray | memoryview, ...]
+    body: tuple[bytes | bytearray | memoryview, ...] = field(repr=False)
     reading_s: float
     tried: dict[str, Failure] = field(default_factory=dict)
 
@@ -150,7 +157,7 @@ class _Passage:
         named: frozenset[bytes] = frozenset()
         for name, value in self.request.raw_headers:
             lower = name.lower()
-            if lower not in _NOT_FORWARDED:
+            if lower not in _NOT_FORWARDED and not lower.endswith(_SECRET_ENDS):
                 headers.append((name, value))
             elif lower == b"connection":
                 named |= tokens(value)

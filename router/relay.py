@@ -16,7 +16,11 @@ HOP_BY_HOP = frozenset({
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 })  # fmt: skip
 _NOT_RELAYED = HOP_BY_HOP | {b"server", b"content-length"}
+# Said by the router alone: two Access-Control-Allow-Origin are worse than none.
+_OURS = (b"x-ollamux-", b"access-control-")
 _FRAMINGS = {b"application/x-ndjson": Framing.NDJSON, b"text/event-stream": Framing.SSE}
+_SEAM_BYTES = 3  # an end of a record is four bytes at most
+_SEAM_PIECES = 3
 _RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
 
 
@@ -36,7 +40,7 @@ class Relay:
 
     __slots__ = (
         "_before", "_clock", "_framing", "_last", "_limits", "_make", "_record_end", "_reply",
-        "_report", "_request", "_route", "_tail", "_torn", "_watch",
+        "_report", "_request", "_route", "_tail", "_tail_bytes", "_torn", "_watch",
     )  # fmt: skip
 
     def __init__(
@@ -55,7 +59,8 @@ class Relay:
         self._reply: Reply | None = None
         self._framing = Framing.WHOLE
         self._torn = False
-        self._tail = b""
+        self._tail: list[bytes] = []
+        self._tail_bytes = 0
         self._last = b""
         self._before = b""
 
@@ -117,8 +122,8 @@ class Relay:
         if self._reply is None:
             self._reply = self._make(None)
         if self._tail:
-            self._before, self._last = self._last, self._tail
-            self._reply.finish_with(self._tail)
+            self._before, self._last = self._last, b"".join(self._tail)
+            self._reply.finish_with(self._last)
         return self._reply
 
     def _take(self, data: bytes) -> bool:
@@ -140,15 +145,31 @@ class Relay:
         return self._take(data)
 
     def _cut(self, data: bytes) -> bytes:
-        """The whole records of what there is; the rest waits, unless it has grown too large."""
-        data = self._tail + data
-        cut = _whole(data, self._framing)
-        if len(data) - cut > self._limits.record_bytes:
-            self._torn, self._tail = True, b""
-            return data
-        self._torn = self._torn and not cut
-        self._tail = data[cut:]
-        return data[:cut]
+        """The whole records of what there is; the rest waits, unless it has grown too large.
+
+        Only the new piece is searched for an end, with as much of the old as an end is long.
+        """
+        seam = b"".join(self._tail[-_SEAM_PIECES:])[-_SEAM_BYTES:]
+        cut = _whole(seam + data, self._framing) - len(seam)
+        if cut <= 0:
+            cut = 0
+            waiting = self._tail_bytes + len(data)
+            if waiting <= self._limits.record_bytes:
+                self._keep(data, waiting)
+                return b""
+        elif len(data) - cut > self._limits.record_bytes:
+            cut = 0
+        whole = b"".join((*self._tail, data[:cut] if cut else data))
+        self._torn = not cut
+        self._tail.clear()
+        self._tail_bytes = 0
+        if cut and cut < len(data):
+            self._keep(data[cut:], len(data) - cut)
+        return whole
+
+    def _keep(self, piece: bytes, waiting: int) -> None:
+        self._tail.append(piece)
+        self._tail_bytes = waiting
 
     async def _drain(self) -> None:
         """Wait for the client. Its slowness is not the node's."""
@@ -242,7 +263,8 @@ def read_head(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, Framing, int |
         if lower == b"content-type":
             framing = _FRAMINGS.get(value.partition(b";")[0].strip().lower(), framing)
         packed = packed or lower == b"content-encoding"
-        kept.append((lower, name, value))
+        if not lower.startswith(_OURS):
+            kept.append((lower, name, value))
     if packed and framing is not Framing.WHOLE:
         framing = Framing.OPAQUE
     lines = [b"%b: %b\r\n" % (name, value) for lower, name, value in kept if lower not in named]

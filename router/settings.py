@@ -150,6 +150,7 @@ class Timeouts(_Section):
     first_byte_s: Seconds = Field(600, description="to a node's first byte: loads are slow")
     between_records_s: Seconds = Field(600, description="between two records of an answer")
     drain_timeout_s: Seconds = Field(60, description="for requests in flight at shutdown")
+    stalled_body_s: Seconds = Field(60, description="for a client to send more of a body")
     head_timeout_s: Seconds = Field(30, description="for a client to send a request's head")
 
 

@@ -44,8 +44,11 @@ async def _moments(directory: Path, poll_s: float) -> AsyncIterator[None]:
 
 
 def read(path: Path) -> bytes | None:
-    """The bytes of the file, None where it cannot be read."""
+    """The bytes of the file, None where it cannot be read.
+
+    Anything but a regular file counts as missing: opening a pipe would wait for ever.
+    """
     try:
-        return path.read_bytes()
+        return path.read_bytes() if path.is_file() else None
     except OSError:
         return None

@@ -326,6 +326,8 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         status: int = self._parser.get_status_code()
         if status < 200:
+            if status < 100:
+                raise _Strange("a status below 100")
             if status == 101:
                 raise _Strange("switches protocols without being asked")
             self.headers.clear()

@@ -9,7 +9,7 @@ from typing import Any, cast
 import aiohttp
 import pytest
 import uvloop
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.test_utils import make_mocked_request
 
 from router import downstream
@@ -263,7 +263,11 @@ async def test_a_head_that_is_never_whole_ends_its_connection(
 async def test_a_query_that_could_end_its_line_is_refused() -> None:
     """Nothing of the sort passes aiohttp's parser today."""
     head = SimpleNamespace(
-        raw_headers=(), raw_path="/x?a\x01b", server=SimpleNamespace(max_header_bytes=9)
+        raw_headers=(),
+        raw_path="/x?a\x01b",
+        server=SimpleNamespace(max_header_bytes=9),
+        version=HttpVersion11,
+        headers={},
     )
     with pytest.raises(ClientError, match="invalid query"):
         downstream.target(cast(Request, head))

@@ -172,7 +172,7 @@ async def test_a_connection_that_went_stale_says_nothing_about_the_node() -> Non
 )
 async def test_odd_lists_are_read_as_far_as_they_can_be(tags: Mapping[str, Any]) -> None:
     probed: Mapping[bytes, Any] = {
-        b"/api/version": {},
+        b"/api/version": {"version": "0.33.0"},
         b"/api/tags": tags,
         b"/api/ps": {"models": [{"name": "PHI", "digest": 5}]},
     }
@@ -182,7 +182,7 @@ async def test_odd_lists_are_read_as_far_as_they_can_be(tags: Mapping[str, Any])
 
     async with scripted(script, probed) as url, rig(entries=[{"url": url}]) as r:
         (node,) = r.app.pool.snapshot()
-        assert (node.up, node.version, dict(node.present)) == (True, "", {})
+        assert (node.up, node.version, dict(node.present)) == (True, "0.33.0", {})
         assert node.resident["phi:latest"].digest == "5"
 
 

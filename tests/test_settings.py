@@ -32,7 +32,8 @@ GLOB = "a glob of model names, with ! in front to exclude, is expected"
 HEADER = "a header is plain ASCII on one line (does the variable end in a newline?)"
 FIXED = "this header belongs to the connection: it cannot be set"
 TIMEOUT_KEYS = (
-    "accepted: connect_s, first_byte_s, between_records_s, drain_timeout_s, head_timeout_s"
+    "accepted: connect_s, first_byte_s, between_records_s, drain_timeout_s, stalled_body_s, "
+    "head_timeout_s"
 )
 
 
@@ -57,6 +58,7 @@ def test_the_least_file_has_every_default() -> None:
         "first_byte_s": 600,
         "between_records_s": 600,
         "drain_timeout_s": 60,
+        "stalled_body_s": 60,
         "head_timeout_s": 30,
     }
     assert dict(least.limits) == {

@@ -144,13 +144,15 @@ _OTHER_SPELLING = re.compile(
     rb'|(?:[sS]|\xc5\xbf)[tT][rR][eE][aA][mM])"[ \t\r\n]*:'
 )
 _ESCAPED_KEY = re.compile(rb'\\u[0-9a-fA-F]{4}[A-Za-z]*"[ \t\r\n]*:')
-_QUICK_BYTES = 256 * 1024
+QUICK_BYTES = 256 * 1024
 
 
 def parse(route: Route, body: bytes | bytearray) -> Call:
     """Peek at a body. One that cannot be read gives a Call without a model, never an error:
-    a node's own answer to it is the right one."""
-    call = _parse_quickly(route, body) if len(body) <= _QUICK_BYTES else None
+    a node's own answer to it is the right one.
+
+    Above QUICK_BYTES it may take a while: not in the event loop."""
+    call = _parse_quickly(route, body) if len(body) <= QUICK_BYTES else None
     return _parse_exactly(route, body) if call is None else call
 
 

@@ -5,14 +5,22 @@ the first value and accepts invalid UTF-8 inside strings. A strict decoder refus
 so only the top level is scanned here, and nothing is ever rebuilt.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _BLANK = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"-?[0-9][0-9.eE+-]*|true|false|null")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BRACKET = re.compile(rb'["{}\[\]]')
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# Strings that are short and plain go by in one step; a long one is found by its end, which is
+# fifty times as fast, and stops this at its beginning.
+_UP_TO_BRACKET = re.compile(rb'[^"{}\[\]]*+(?:"[^"\\]{0,200}+"[^"{}\[\]]*+)*+')
+_BACKSLASH = 0x5C
+# No client writes as many; whoever does shall not keep the process busy.
+_MAX_STEPS = 500_000
+_MAX_TEXT_BYTES = 4096
 _MAX_DEPTH = 9_999  # Go's decoder refuses deeper nesting
 
 
@@ -29,17 +37,20 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
     if body[at : at + 1] != b"{":
         raise Unreadable("not a JSON object")
     spans: dict[str, Span] = {}
+    steps = itertools.count()
     at = _blank(body, at + 1)
     if body[at : at + 1] == b"}":
         return spans
     while True:
+        if next(steps) > _MAX_STEPS:
+            raise Unreadable("too many parts")
         end = _string_end(body, at)
         key = text(body, (at, end))
         at = _blank(body, end)
         if body[at : at + 1] != b":":
             raise Unreadable("a key without a value")
         at = _blank(body, at + 1)
-        end = _value_end(body, at)
+        end = _value_end(body, at, steps)
         spans[_fold(key)] = (at, end)
         at = _blank(body, end)
         mark = body[at : at + 1]
@@ -57,6 +68,8 @@ def _fold(key: str) -> str:
 
 def text(body: bytes | bytearray, span: Span) -> str:
     """The string at `span`; invalid UTF-8 and lone surrogates become replacement characters."""
+    if span[1] - span[0] > _MAX_TEXT_BYTES:
+        raise Unreadable("a name longer than any")
     raw = body[span[0] : span[1]].decode("utf-8", "replace")
     if raw[:1] != '"':
         raise Unreadable("not a string")
@@ -72,12 +85,12 @@ def _blank(body: bytes | bytearray, at: int) -> int:
     return match.end() if match else at
 
 
-def _value_end(body: bytes | bytearray, at: int) -> int:
+def _value_end(body: bytes | bytearray, at: int, steps: Iterator[int]) -> int:
     first = body[at : at + 1]
     if first == b'"':
         return _string_end(body, at)
     if first in (b"{", b"["):
-        return _container_end(body, at)
+        return _container_end(body, at, steps)
     match = _SCALAR.match(body, at)
     if match is None:
         raise Unreadable("a value that is none of JSON's")
@@ -87,32 +100,33 @@ def _value_end(body: bytes | bytearray, at: int) -> int:
 def _string_end(body: bytes | bytearray, at: int) -> int:
     if body[at : at + 1] != b'"':
         raise Unreadable("a key that is not a string")
-    end = at
-    while True:
-        end = body.find(b'"', end + 1)
-        if end < 0:
-            raise Unreadable("an unfinished string")
-        slash = end - 1
-        while body[slash] == 0x5C:
-            slash -= 1
-        if (end - slash) % 2:
-            return end + 1
+    end = body.find(b'"', at + 1)
+    if end > 0 and body[end - 1] == _BACKSLASH:
+        match = _STRING.match(body, at)
+        end = match.end() - 1 if match else -1
+    if end < 0:
+        raise Unreadable("an unfinished string")
+    return end + 1
 
 
-def _container_end(body: bytes | bytearray, at: int) -> int:
+def _container_end(body: bytes | bytearray, at: int, steps: Iterator[int]) -> int:
     depth = 0
     while True:
-        match = _BRACKET.search(body, at)
-        if match is None:
-            raise Unreadable("an unfinished array or object")
-        at = match.end()
-        mark = match[0]
+        if next(steps) > _MAX_STEPS:
+            raise Unreadable("too many parts")
+        match = _UP_TO_BRACKET.match(body, at)
+        at = match.end() if match else at
+        mark = body[at : at + 1]
         if mark == b'"':
-            at = _string_end(body, at - 1)
-        elif mark in (b"{", b"["):
+            at = _string_end(body, at)
+            continue
+        at += 1
+        if mark in (b"{", b"["):
             depth += 1
             if depth > _MAX_DEPTH:
                 raise Unreadable("nested too deep")
+        elif not mark:
+            raise Unreadable("an unfinished array or object")
         else:
             depth -= 1
             if not depth:
