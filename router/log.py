@@ -1,6 +1,5 @@
 """Logging: structlog set-up, the facts of one request, and its one canonical line."""
 
-import contextlib
 import enum
 import logging
 import sys
@@ -95,12 +94,16 @@ class _Lines:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self._stream.write(text)
+        except (OSError, ValueError):
+            return
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self._stream.flush()
+        except (OSError, ValueError):
+            return
 
 
 class _Stamp:

@@ -79,7 +79,7 @@ class Proxy:
             raise Refused(target, call.model)
         if target.model is not None:
             report.model, report.sent = target.model.key, target.sent
-            report.known = self.pool.knows(report.model)
+            report.known = target.known
         return target
 
 

@@ -39,8 +39,22 @@ class Relay:
     it: if not, it may be tried elsewhere; if so, `break_off` ends it honestly."""
 
     __slots__ = (
-        "_before", "_clock", "_framing", "_last", "_limits", "_make", "_record_end", "_reply",
-        "_report", "_request", "_route", "_tail", "_tail_bytes", "_torn", "_watch",
+        "_before",
+        "_clock",
+        "_framing",
+        "_head",
+        "_last",
+        "_limits",
+        "_reason",
+        "_record_end",
+        "_reply",
+        "_report",
+        "_request",
+        "_route",
+        "_tail",
+        "_tail_bytes",
+        "_torn",
+        "_watch",
     )  # fmt: skip
 
     def __init__(
@@ -71,15 +85,11 @@ class Relay:
     async def run(self, exchange: Exchange, extra: bytes) -> Reply:
         """Relay the whole answer; `extra` are header lines of our own. Raises UpstreamError."""
         head, self._framing, length = read_head(exchange.headers)
+        self._head = head + extra
+        self._reason = exchange.reason
         report = self._report
         report.status = exchange.status
         report.streamed = self._framing is not Framing.WHOLE
-
-        def make(length: int | None) -> Reply:
-            report.first_at = self._clock()
-            return Reply(self._request, exchange.status, exchange.reason, head + extra, length)
-
-        self._make = make
         self._watch = _Watch(exchange, self._limits.between_s)
         if not exchange.whole:
             self._watch.start()
@@ -93,6 +103,11 @@ class Relay:
             # The first event of an Anthropic stream holds an estimate, which nobody shall count.
             if self._framing is not Framing.SSE or self._route.final in seen:
                 report.usage = usage.read(seen)
+
+    def _make(self, length: int | None) -> Reply:
+        report = self._report
+        report.first_at = self._clock()
+        return Reply(self._request, report.status, self._reason, self._head, length)
 
     async def _hold(self, exchange: Exchange, length: int | None) -> Reply:
         """Answer only when it is whole, so that whatever fails before has its true status."""

@@ -65,12 +65,12 @@ def _cpu(server: Running) -> Figures:
     figures = {"idle process": server.rss_bytes() / 1e6}
     _load("requests", server.url, 32, 1)
     before = server.cpu_s()
-    done = _load("requests", server.url, 32, 4)
+    done = _load("requests", server.url, 32, 3)
     figures["CPU per request"] = (server.cpu_s() - before) / done["requests"] * 1e6
     # So many per stream that the machine, with the load beside it, is not the limit.
     for streams, rate in ((200, 50), (2000, 5)):
         before = server.cpu_s()
-        done = _load("streams", server.url, streams, rate, 5)
+        done = _load("streams", server.url, streams, rate, 4)
         per_chunk = (server.cpu_s() - before) / done["records"] * 1e6
         figures[f"CPU per chunk, {streams:,} streams"] = per_chunk
     return figures
@@ -78,8 +78,8 @@ def _cpu(server: Running) -> Figures:
 
 def _latency(server: Running) -> Figures:
     _load("latency", server.url, 200, 1)
-    direct = _load("latency", _UPSTREAM, 200, 4)
-    through = _load("latency", server.url, 200, 4)
+    direct = _load("latency", _UPSTREAM, 200, 3)
+    through = _load("latency", server.url, 200, 3)
     return {
         f"added p{n} to first byte": (through[f"p{n}_s"] - direct[f"p{n}_s"]) * 1e3
         for n in (50, 99)
@@ -89,7 +89,7 @@ def _latency(server: Running) -> Figures:
 def _many(server: Running) -> Figures:
     idle = server.rss_bytes()
     command = ["taskset", "-c", LOAD_CORE, sys.executable, "-m", "bench.relay.load"]
-    arguments = ["streams", server.url, "5000", "2", "8"]
+    arguments = ["streams", server.url, "5000", "2", "6"]
     with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as load:
         assert load.stdout is not None
         load.stdout.readline()
@@ -106,10 +106,10 @@ def _many(server: Running) -> Figures:
 
 def _image(server: Running) -> Figures:
     before = server.cpu_s()
-    done = _load("image", server.url, 50, 5)
+    done = _load("image", server.url, 50, 3)
     return {
         "50 MB image": done["seconds"] * 1e3,
-        "50 MB image: CPU": (server.cpu_s() - before) / 5 * 1e3,
+        "50 MB image: CPU": (server.cpu_s() - before) / 3 * 1e3,
         "50 MB image: longest wait of others": done["max_s"] * 1e3,
     }
 

@@ -1,7 +1,7 @@
 """Which node: eligible, then score, then pick. Pure functions over the pool's nodes."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.core.names import Name, Pin, pinned
 from router.core.node import Node
@@ -11,11 +11,12 @@ from router.core.types import Reason, Refusal, Rejected
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a request needs of a node. `model` None: any node will do; `sent` is the model's
-    name as the node is to be told it, without pin, prefix or alias."""
+    name as the node is to be told it, without pin, prefix or alias. `known`: a node has it."""
 
     model: Name | None = None
     pin: Pin | None = None
     sent: str = ""
+    known: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

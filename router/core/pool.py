@@ -128,7 +128,7 @@ class Pool:
             name = self._name(left)
         except BadName:
             return Rejected(Refusal.BAD_NAME)
-        return Target(name, pin, name.text)
+        return Target(name, pin, name.text, self.knows(name.key))
 
     def _name(self, text: str) -> Name:
         rest = names.without_prefix(text)
