@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping
 _BLANK = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"-?[0-9][0-9.eE+-]*|true|false|null")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# The repeats are bounded, as the matcher keeps memory for each; possessive ones would need none,
+# but match wrongly before Python 3.11.5.
+_ESCAPES = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
 # Strings that are short and plain go by in one step; a long one is found by its end, which is
 # fifty times as fast, and stops this at its beginning.
-_UP_TO_BRACKET = re.compile(rb'[^"{}\[\]]*+(?:"[^"\\]{0,200}+"[^"{}\[\]]*+)*+')
+_UP_TO_BRACKET = re.compile(rb'[^"{}\[\]]*(?:"[^"\\]{0,200}"[^"{}\[\]]*){0,1000}')
 _BACKSLASH = 0x5C
 # No client writes as many; whoever does shall not keep the process busy.
 _MAX_STEPS = 500_000
+_MAX_KEYS = 10_000
 _MAX_TEXT_BYTES = 4096
 _MAX_DEPTH = 9_999  # Go's decoder refuses deeper nesting
 
@@ -37,13 +40,13 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
     if body[at : at + 1] != b"{":
         raise Unreadable("not a JSON object")
     spans: dict[str, Span] = {}
-    steps = itertools.count()
+    keys, steps = itertools.count(), itertools.count()
     at = _blank(body, at + 1)
     if body[at : at + 1] == b"}":
         return spans
     while True:
-        if next(steps) > _MAX_STEPS:
-            raise Unreadable("too many parts")
+        if next(keys) > _MAX_KEYS:
+            raise Unreadable("too many keys")
         end = _string_end(body, at)
         key = text(body, (at, end))
         at = _blank(body, end)
@@ -102,11 +105,22 @@ def _string_end(body: bytes | bytearray, at: int) -> int:
         raise Unreadable("a key that is not a string")
     end = body.find(b'"', at + 1)
     if end > 0 and body[end - 1] == _BACKSLASH:
-        match = _STRING.match(body, at)
-        end = match.end() - 1 if match else -1
+        end = _escaped_end(body, at + 1)
     if end < 0:
         raise Unreadable("an unfinished string")
     return end + 1
+
+
+def _escaped_end(body: bytes | bytearray, at: int) -> int:
+    """Where the quote stands that ends a string with escapes in it; -1 if there is none."""
+    while True:
+        match = _ESCAPES.match(body, at)
+        assert match is not None  # it matches nothing, too
+        at = match.end()
+        if body[at : at + 1] == b'"':
+            return at
+        if at + 1 >= len(body):
+            return -1
 
 
 def _container_end(body: bytes | bytearray, at: int, steps: Iterator[int]) -> int:
