@@ -58,33 +58,16 @@ class Catalog:
         return min(versions, key=version_key)
 
     def _present(self) -> dict[str, Model]:
-        """One entry per name, the newest of them, newest name first, stable among equals."""
-        found: dict[str, Model] = {}
-        for node in self._up():
-            for key, model in node.present.items():
-                if key not in found or _moment(model, "modified_at") > _moment(
-                    found[key], "modified_at"
-                ):
-                    found[key] = model
-        order = sorted(found)
-        order.sort(key=lambda key: _moment(found[key], "modified_at"), reverse=True)
-        return {key: found[key] for key in order}
+        """One entry per name, the newest of them, newest name first."""
+        return _latest((node.present for node in self._up()), "modified_at")
 
     def _tags(self) -> bytes:
         return dialect.dumps({"models": _entries(self._present().values())})
 
     def _ps(self) -> bytes:
         """One entry per name, as a single server has: the one that stays longest."""
-        found: dict[str, Model] = {}
-        for node in self._up():
-            for key, model in node.resident.items():
-                if key not in found or _moment(model, "expires_at") > _moment(
-                    found[key], "expires_at"
-                ):
-                    found[key] = model
-        order = sorted(found)
-        order.sort(key=lambda key: _moment(found[key], "expires_at"), reverse=True)
-        return dialect.dumps({"models": _entries(found[key] for key in order)})
+        found = _latest((node.resident for node in self._up()), "expires_at")
+        return dialect.dumps({"models": _entries(found.values())})
 
     def _models(self) -> bytes:
         data = [_openai(_name(model), model) for model in self._present().values()]
@@ -130,6 +113,18 @@ def _openai(name: str, model: Model) -> Mapping[str, object]:
     owner = parts[-2] if len(parts) > 1 else "library"
     created = int(_moment(model, "modified_at").timestamp())
     return {"id": name, "object": "model", "created": created, "owned_by": owner}
+
+
+def _latest(lists: Iterable[Mapping[str, Model]], field: str) -> dict[str, Model]:
+    """Of each name the entry with the latest `field`, latest first, by name among equals."""
+    found: dict[str, Model] = {}
+    for models in lists:
+        for key, model in models.items():
+            if key not in found or _moment(model, field) > _moment(found[key], field):
+                found[key] = model
+    order = sorted(found)
+    order.sort(key=lambda key: _moment(found[key], field), reverse=True)
+    return {key: found[key] for key in order}
 
 
 def _moment(model: Model, field: str) -> datetime:
