@@ -210,17 +210,18 @@ def _gate_settings(config: Config) -> GateSettings:
     return GateSettings(
         trusted=tuple(config.trusted),
         cors=Cors(config.cors.origins),
-        log=log.bound() if config.log.requests else None,
+        log=log.requests() if config.log.requests else None,
     )
 
 
 def _proxy_settings(config: Config) -> ProxySettings:
     limits, timeouts = config.limits, config.timeouts
     return ProxySettings(
-        relay=Limits(limits.max_held_bytes, limits.max_record_bytes, timeouts.between_records_s),
+        relay=Limits(limits.max_held_bytes, limits.max_record_bytes),
         max_body_bytes=limits.max_body_bytes,
         stalled_body_s=timeouts.stalled_body_s,
         first_byte_s=timeouts.first_byte_s,
+        between_s=timeouts.between_records_s,
     )
 
 

@@ -9,6 +9,7 @@ from router.core.types import Flip, Outcome, Rejected
 from router.errors import UpstreamError
 
 Clock = Callable[[], float]
+_ENDED = Outcome()
 
 
 class Refused(Exception):
@@ -26,9 +27,9 @@ class Dispatch:
     def __init__(
         self, pool: Pool, on_flip: Callable[[Flip], None], clock: Clock = time.monotonic
     ) -> None:
-        self._pool = pool
-        self._on_flip = on_flip
-        self._clock = clock
+        self.pool = pool
+        self.on_flip = on_flip
+        self.clock = clock
 
     def lease(self, attempt: Attempt) -> "_Held":
         """`async with` it: a Lease inside, given back however the block is left.
@@ -36,17 +37,6 @@ class Dispatch:
         Raises Refused where the pool gives none.
         """
         return _Held(self, attempt)
-
-    def submit(self, attempt: Attempt) -> Lease:
-        verdict = self._pool.submit(attempt)
-        if isinstance(verdict, Rejected):
-            raise Refused(verdict)
-        return verdict
-
-    def leave(self, attempt: Attempt, outcome: Outcome) -> None:
-        flip = self._pool.leave(attempt, outcome, self._clock())
-        if flip is not None:
-            self._on_flip(flip)
 
 
 class _Held:
@@ -57,7 +47,10 @@ class _Held:
         self._attempt = attempt
 
     async def __aenter__(self) -> Lease:
-        return self._dispatch.submit(self._attempt)
+        verdict = self._dispatch.pool.submit(self._attempt)
+        if isinstance(verdict, Rejected):
+            raise Refused(verdict)
+        return verdict
 
     async def __aexit__(
         self,
@@ -65,5 +58,7 @@ class _Held:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        failure = exc.failure if isinstance(exc, UpstreamError) else None
-        self._dispatch.leave(self._attempt, Outcome(failure))
+        outcome = Outcome(exc.failure) if isinstance(exc, UpstreamError) else _ENDED
+        flip = self._dispatch.pool.leave(self._attempt, outcome, self._dispatch.clock())
+        if flip is not None:
+            self._dispatch.on_flip(flip)

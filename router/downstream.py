@@ -5,6 +5,7 @@ import ipaddress
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 from urllib.parse import quote, unquote
 
@@ -20,7 +21,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _VISIBLE = re.compile(r"[!-~]*")
 _PIPELINED = 8
 _IDLE_S = 75.0
-_VERSIONS = (aiohttp.HttpVersion10, aiohttp.HttpVersion11)
+_VERSIONS = (aiohttp.HttpVersion11, aiohttp.HttpVersion10)
 _SHORTEST_FIELD_BYTES = 4  # a name, a colon, a line end
 
 _Data = TypeVar("_Data", bytes, bytearray)
@@ -245,28 +246,26 @@ def target(request: Request) -> tuple[str, str]:
 
     Raises ClientError for a head that is no good, although each line of it is.
     """
-    head_bytes = 0
-    for name, value in request.raw_headers:
-        head_bytes += len(name) + len(value)
-    if head_bytes > request.server.max_header_bytes:
+    if sum(map(len, chain.from_iterable(request.raw_headers))) > request.server.max_header_bytes:
         raise ClientError(431, "request header fields too large")
     if request.version not in _VERSIONS:
         raise ClientError(505, "HTTP version not supported")
-    if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
+    coding = request.headers.get(hdrs.TRANSFER_ENCODING)
+    if coding is not None and coding.lower() != "chunked":
         raise ClientError(501, "unsupported transfer encoding")
     raw = request.raw_path
     if not raw.startswith("/"):
         return request.rel_url.path, ("?" + q if (q := request.rel_url.raw_query_string) else "")
     path, mark, query = raw.partition("?")
-    if query and not _VISIBLE.fullmatch(query):
+    if mark and not _VISIBLE.fullmatch(query):
         raise ClientError(400, "invalid query")
     return (unquote(path) if "%" in path else path), mark + query
 
 
 def request_id(request: web.BaseRequest) -> str | None:
     """The client's own id, where it is fit to stand in a header and a log."""
-    given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else None
+    given = request.headers.get("X-Request-Id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else None
 
 
 def client_address(request: web.BaseRequest, trusted: Sequence[Network]) -> str:
@@ -290,6 +289,17 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
+def body_at_hand(request: web.BaseRequest, limit: int) -> bytes | None:
+    """A body that came with its head; None where it has to be waited for.
+
+    Raises ClientError 413 above `limit` bytes.
+    """
+    content = request.content
+    if not content.is_eof() or content.exception() is not None:
+        return None
+    return _bounded(content.read_nowait(), limit)
+
+
 async def body(
     request: web.BaseRequest, limit: int, stall_s: float | None = None
 ) -> bytes | bytearray:
@@ -305,8 +315,6 @@ async def body(
         request.protocol.abandon_body()  # it broke before its handler had begun
     content = request.content
     try:
-        if content.is_eof():  # it came with its head: one piece, no copy
-            return _bounded(content.read_nowait(), limit)
         whole = bytearray()
         while True:
             async with asyncio.timeout(stall_s):

@@ -21,7 +21,11 @@ class Exchange:
     @property
     def whole(self) -> bool:
         """The end of the body has arrived with what is there already."""
-        return self._conn is not None and self._conn.state is State.DONE
+        return self._conn is not None and self._conn.whole
+
+    def rest(self) -> bytes | None:
+        """The whole body, if all of it is there."""
+        return self._held().take() if self.whole else None
 
     async def read(self) -> bytes:
         """All of the body that is there, at least one byte; b"" at its clean end.

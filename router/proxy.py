@@ -1,6 +1,7 @@
 """One request that a node is to answer: read, lease, attempt, answer."""
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from router import downstream, log
@@ -14,8 +15,9 @@ from router.dispatch import Clock, Dispatch, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
 from router.exchange import Exchange
+from router.headers import HOP_BY_HOP, Header, Passing, named, without
 from router.log import Report
-from router.relay import HOP_BY_HOP, Limits, Relay, tokens
+from router.relay import Limits, Relay
 from router.upstream import Upstream, request_head
 
 # Not for a node: what is ours to frame, what made a browser or a proxy talk to us, and every
@@ -26,7 +28,7 @@ _NOT_FORWARDED = HOP_BY_HOP | {
 }  # fmt: skip
 
 _SECRET_ENDS = (b"-key", b"-token", b"authorization")
-_VIA = VIA.encode()
+_passing = Passing(lambda name: name not in _NOT_FORWARDED and not name.endswith(_SECRET_ENDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Settings:
     max_body_bytes: int
     stalled_body_s: float
     first_byte_s: float
+    between_s: float
 
 
 @dataclass(slots=True)
@@ -49,6 +52,10 @@ class Proxy:
     settings: Settings
     instance: str
     clock: Clock
+    via: Header = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.via = (VIA.encode(), self.instance.encode())
 
     async def relay(
         self, request: Request, report: Report, route: Route, query: str, extra: bytes
@@ -58,10 +65,14 @@ class Proxy:
         Raises ClientError for the client's mistakes, Refused where no node may be asked, and
         UpstreamError where one was and gave no answer.
         """
-        before = self.clock()
         settings = self.settings
-        body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
-        reading_s = self.clock() - before
+        body: bytes | bytearray | None
+        body = downstream.body_at_hand(request, settings.max_body_bytes)
+        reading_s = 0.0
+        if body is None:
+            before = self.clock()
+            body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
+            reading_s = self.clock() - before
         if len(body) <= dialect.QUICK_BYTES:
             call = dialect.parse(route, body)
         else:
@@ -69,7 +80,22 @@ class Proxy:
         target = self._target(call, report)
         pieces = dialect.rename(body, call, target.sent)
         passage = _Passage(self, request, report, call, target, query, extra, pieces, reading_s)
-        return await passage.run()
+        while True:
+            try:
+                return await passage.attempt()
+            except UpstreamError as error:
+                told = UpstreamError(error.failure, passage.told(error.failure))
+                relay = passage.relay
+                if relay is not None and relay.begun:
+                    return await relay.break_off(error.failure, str(told))
+                if retry.decide(error.failure) is not Verdict.ELSEWHERE:
+                    raise told from error
+            except Refused as refused:
+                if not call.model:  # any node would answer such a body with 400 or so
+                    message = "no model can be read" if body else "missing request body"
+                    raise ClientError(400, message) from None
+                refused.model = target.sent
+                raise
 
     def _target(self, call: Call, report: Report) -> Target:
         if not call.model:
@@ -97,86 +123,74 @@ class _Passage:
     body: tuple[bytes | bytearray | memoryview, ...] = field(repr=False)
     reading_s: float
     tried: dict[str, Failure] = field(default_factory=dict)
+    relay: Relay | None = None
 
-    async def run(self) -> Reply:
-        while True:
-            relay = Relay(
-                self.request, self.call.route, self.proxy.settings.relay, self.report,
-                self.proxy.clock,
-            )  # fmt: skip
-            try:
-                return await self._attempt(relay)
-            except UpstreamError as error:
-                if relay.begun:
-                    return await relay.break_off(error.failure, self._told(error.failure))
-                if retry.decide(error.failure) is not Verdict.ELSEWHERE:
-                    raise UpstreamError(error.failure, self._told(error.failure)) from error
-            except Refused as refused:
-                if not self.call.model:  # any node would answer such a body with 400 or so
-                    message = "no model can be read" if any(self.body) else "missing request body"
-                    raise ClientError(400, message) from None
-                refused.model = self.target.sent
-                raise
-
-    async def _attempt(self, relay: Relay) -> Reply:
+    async def attempt(self) -> Reply:
+        """Try one node. Raises UpstreamError and Refused."""
+        proxy, report = self.proxy, self.report
         attempt = Attempt(self.target, frozenset(self.tried))
-        async with self.proxy.dispatch.lease(attempt) as lease:
-            self.report.attempts += 1
-            self.report.node = lease.node.name
-            self.report.reason = lease.reason.value
+        async with proxy.dispatch.lease(attempt) as lease:
+            report.attempts += 1
+            report.node = lease.node.name
+            report.reason = lease.reason
             try:
                 exchange = await self._open(lease)
                 try:
-                    response = await relay.run(exchange, self._headers(lease))
+                    self.relay = Relay(
+                        self.request, self.call.route, proxy.settings.relay, report, proxy.clock
+                    )
+                    response = await self.relay.run(exchange, self._headers())
                 finally:
                     exchange.close()
             except UpstreamError as error:
                 self.tried[lease.node.url] = error.failure
                 raise
-        self.report.ending = log.ending(response.status)
+        report.ending = log.ending(response.status)
         return response
 
     async def _open(self, lease: Lease) -> Exchange:
         """Send the request; over a fresh connection if a kept one proves to be stale."""
+        proxy, limits = self.proxy, self.proxy.settings
         head = request_head(
             lease.node, self.request.method, self.call.route.path + self.query,
-            self._forwarded(), sum(map(len, self.body)),
+            self._forwarded(), sum(map(len, self.body)), _passing,
         )  # fmt: skip
         if self.report.overhead_s is None:
-            self.report.overhead_s = self.proxy.clock() - self.report.started - self.reading_s
-        send, limit_s = self.proxy.upstream.open, self.proxy.settings.first_byte_s
+            self.report.overhead_s = proxy.clock() - self.report.started - self.reading_s
         try:
-            return await send(lease.node, head, self.body, first_byte_s=limit_s)
+            return await proxy.upstream.open(
+                lease.node, head, self.body,
+                first_byte_s=limits.first_byte_s, between_s=limits.between_s,
+            )  # fmt: skip
         except UpstreamError as error:
             if retry.decide(error.failure) is not Verdict.FRESH:
                 raise
-        return await send(lease.node, head, self.body, fresh=True, first_byte_s=limit_s)
+        return await proxy.upstream.open(
+            lease.node, head, self.body, fresh=True,
+            first_byte_s=limits.first_byte_s, between_s=limits.between_s,
+        )  # fmt: skip
 
-    def _forwarded(self) -> list[tuple[bytes, bytes]]:
-        headers = []
-        named: frozenset[bytes] = frozenset()
-        for name, value in self.request.raw_headers:
-            lower = name.lower()
-            if lower not in _NOT_FORWARDED and not lower.endswith(_SECRET_ENDS):
-                headers.append((name, value))
-            elif lower == b"connection":
-                named |= tokens(value)
-        if named - _NOT_FORWARDED:
-            headers = [header for header in headers if header[0].lower() not in named]
-        headers.append((_VIA, self.proxy.instance.encode()))
-        return headers
+    def _forwarded(self) -> Sequence[Header]:
+        """What the client sent, and by which router it comes: this one's line goes with others."""
+        headers: Iterable[Header] = self.request.raw_headers
+        connection = self.request.headers.getall("Connection", None)
+        if connection is not None:
+            headers = without(headers, named(",".join(connection)))
+        return (*headers, self.proxy.via)
 
-    def _headers(self, lease: Lease) -> bytes:
+    def _headers(self) -> bytes:
         """Header lines of our own. No part of them can hold a line end: names are checked."""
-        model = f"X-Ollamux-Model: {self.target.sent}\r\n" if self.target.sent else ""
+        report, model = self.report, self.target.sent
         ours = (
-            f"X-Ollamux-Node: {lease.node.name}\r\n"
-            f"X-Ollamux-Request-Id: {self.report.id}\r\n"
-            f"X-Ollamux-Attempts: {self.report.attempts}\r\n"
-            f"X-Ollamux-Reason: {lease.reason.value}\r\n{model}"
+            f"X-Ollamux-Node: {report.node}\r\n"
+            f"X-Ollamux-Request-Id: {report.id}\r\n"
+            f"X-Ollamux-Attempts: {report.attempts}\r\n"
+            f"X-Ollamux-Reason: {report.reason}\r\n"
         )
+        if model:
+            ours += f"X-Ollamux-Model: {model}\r\n"
         return ours.encode() + self.extra
 
-    def _told(self, failure: Failure) -> str:
+    def told(self, failure: Failure) -> str:
         """What the client is told: which node, and what happened, in the router's words."""
         return f"node {self.report.node}: {failure.detail or failure.kind.value}"

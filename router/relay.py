@@ -1,7 +1,6 @@
 """Move one response from a node to the client as it comes, and read its last record."""
 
-import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.core import dialect, usage
@@ -9,15 +8,14 @@ from router.core.dialect import Framing, Route
 from router.core.types import Failure, FailureKind
 from router.downstream import Reply, Request, new_request_id
 from router.exchange import Exchange
+from router.headers import HOP_BY_HOP, Header, Passing, named, without
 from router.log import Ending, Report
 
-HOP_BY_HOP = frozenset({
-    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
-    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
-})  # fmt: skip
 _NOT_RELAYED = HOP_BY_HOP | {b"server", b"content-length"}
 # Said by the router alone: two Access-Control-Allow-Origin are worse than none.
 _OURS = (b"x-ollamux-", b"access-control-")
+_passing = Passing(lambda name: name not in _NOT_RELAYED and not name.startswith(_OURS))
+_WHOLE, _SSE = Framing.WHOLE, Framing.SSE
 _FRAMINGS = {b"application/x-ndjson": Framing.NDJSON, b"text/event-stream": Framing.SSE}
 _SEAM_BYTES = 3  # an end of a record is four bytes at most
 _SEAM_PIECES = 3
@@ -27,11 +25,10 @@ _RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`held_bytes`: the largest answer held until whole; `record_bytes`: the largest unfinished
-    record held; `between_s`: the longest silence of a node that has begun to answer."""
+    record held."""
 
     held_bytes: int
     record_bytes: int
-    between_s: float
 
 
 class Relay:
@@ -39,22 +36,8 @@ class Relay:
     it: if not, it may be tried elsewhere; if so, `break_off` ends it honestly."""
 
     __slots__ = (
-        "_before",
-        "_clock",
-        "_framing",
-        "_head",
-        "_last",
-        "_limits",
-        "_reason",
-        "_record_end",
-        "_reply",
-        "_report",
-        "_request",
-        "_route",
-        "_tail",
-        "_tail_bytes",
-        "_torn",
-        "_watch",
+        "_before", "_clock", "_framing", "_head", "_last", "_limits", "_reason", "_record_end",
+        "_reply", "_report", "_request", "_route", "_tail", "_tail_bytes", "_torn",
     )  # fmt: skip
 
     def __init__(
@@ -89,19 +72,15 @@ class Relay:
         self._reason = exchange.reason
         report = self._report
         report.status = exchange.status
-        report.streamed = self._framing is not Framing.WHOLE
-        self._watch = _Watch(exchange, self._limits.between_s)
-        if not exchange.whole:
-            self._watch.start()
+        report.streamed = self._framing is not _WHOLE
         try:
-            if self._framing is Framing.WHOLE:
+            if self._framing is _WHOLE:
                 return await self._hold(exchange, length)
             return await self._stream(exchange)
         finally:
-            self._watch.stop()
             seen = self._before + self._last
             # The first event of an Anthropic stream holds an estimate, which nobody shall count.
-            if self._framing is not Framing.SSE or self._route.final in seen:
+            if self._framing is not _SSE or self._route.final in seen:
                 report.usage = usage.read(seen)
 
     def _make(self, length: int | None) -> Reply:
@@ -111,16 +90,15 @@ class Relay:
 
     async def _hold(self, exchange: Exchange, length: int | None) -> Reply:
         """Answer only when it is whole, so that whatever fails before has its true status."""
-        pieces: list[bytes] = []
-        held = 0
+        rest = exchange.rest()
+        if rest is not None and len(rest) <= self._limits.held_bytes:
+            return self._whole(rest)
+        pieces: list[bytes] = [] if rest is None else [rest]
+        held = 0 if rest is None else len(rest)
         while held <= self._limits.held_bytes:
             data = await exchange.read()
             if not data:
-                self._last = b"".join(pieces)
-                reply = self._make(len(self._last))
-                reply.finish_with(self._last)
-                return reply
-            self._watch.heard()
+                return self._whole(b"".join(pieces))
             pieces.append(data)
             held += len(data)
         self._torn = True
@@ -130,6 +108,12 @@ class Relay:
         pieces.clear()
         await exchange.pump(self._take, self._drain)
         return self._reply
+
+    def _whole(self, body: bytes) -> Reply:
+        self._last = body
+        reply = self._make(len(body))
+        reply.finish_with(body)
+        return reply
 
     async def _stream(self, exchange: Exchange) -> Reply:
         self._record_end = _RECORD_ENDS.get(self._framing, b"")
@@ -143,7 +127,6 @@ class Relay:
 
     def _take(self, data: bytes) -> bool:
         """Pass a piece on, inside the callback that received it."""
-        self._watch.heard()
         self._before, self._last = self._last, data
         reply = self._reply
         if reply is None:
@@ -155,7 +138,6 @@ class Relay:
         if self._tail or self._torn or not data.endswith(self._record_end):
             data = self._cut(data)
             if not data:
-                self._watch.heard()
                 return True
         return self._take(data)
 
@@ -165,7 +147,7 @@ class Relay:
         Only the new piece is searched for an end, with as much of the old as an end is long.
         """
         seam = b"".join(self._tail[-_SEAM_PIECES:])[-_SEAM_BYTES:]
-        cut = _whole(seam + data, self._framing) - len(seam)
+        cut = _whole_bytes(seam + data, self._framing) - len(seam)
         if cut <= 0:
             cut = 0
             waiting = self._tail_bytes + len(data)
@@ -187,11 +169,8 @@ class Relay:
         self._tail_bytes = waiting
 
     async def _drain(self) -> None:
-        """Wait for the client. Its slowness is not the node's."""
         assert self._reply is not None
-        self._watch.pause()
         await self._reply.drain()
-        self._watch.heard()
 
     async def break_off(self, failure: Failure, message: str) -> Reply:
         """End an answer that has begun. If its final record has been seen, it is complete."""
@@ -212,47 +191,7 @@ class Relay:
         return reply
 
 
-class _Watch:
-    """Cuts an exchange off whose node has been silent for too long, with one timer in all."""
-
-    __slots__ = ("_exchange", "_handle", "_heard", "_limit_s", "_loop")
-
-    def __init__(self, exchange: Exchange, limit_s: float) -> None:
-        self._exchange = exchange
-        self._limit_s = limit_s
-        self._heard: float | None = None
-        self._handle: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._handle = self._loop.call_later(self._limit_s, self._look)
-        self.heard()
-
-    def heard(self) -> None:
-        if self._handle is not None:
-            self._heard = self._loop.time()
-
-    def pause(self) -> None:
-        """The node is not waited for, until it is heard again."""
-        self._heard = None
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-
-    def _look(self) -> None:
-        now = self._loop.time()
-        since = now if self._heard is None else self._heard
-        if now - since >= self._limit_s:
-            detail = f"sent nothing for {self._limit_s:g} s"
-            self._exchange.abort(
-                Failure(FailureKind.STALLED, sent=True, received=True, detail=detail)
-            )
-        else:
-            self._handle = self._loop.call_at(since + self._limit_s, self._look)
-
-
-def _whole(data: bytes, framing: Framing) -> int:
+def _whole_bytes(data: bytes, framing: Framing) -> int:
     """How many leading bytes of `data` are whole records."""
     if framing is Framing.NDJSON:
         return data.rfind(b"\n") + 1
@@ -262,30 +201,22 @@ def _whole(data: bytes, framing: Framing) -> int:
     return max(unix + 2 if unix >= 0 else 0, dos + 4 if dos >= 0 else 0)
 
 
-def read_head(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, Framing, int | None]:
+def read_head(raw: Sequence[Header]) -> tuple[bytes, Framing, int | None]:
     """Header lines that go on to the client, how the body is framed, and its length."""
-    kept: list[tuple[bytes, bytes, bytes]] = []
-    named: frozenset[bytes] = frozenset()
-    framing, length, packed = Framing.WHOLE, None, False
+    framing, length, packed = _WHOLE, None, False
+    passing: Iterable[Header] = raw
     for name, value in raw:
         lower = name.lower()
-        if lower in _NOT_RELAYED:
-            if lower == b"content-length":
-                length = int(value)
-            elif lower == b"connection":
-                named |= tokens(value)
-            continue
-        if lower == b"content-type":
+        if lower == b"content-length":
+            length = int(value)
+        elif lower == b"content-type":
             framing = _FRAMINGS.get(value.partition(b";")[0].strip().lower(), framing)
-        packed = packed or lower == b"content-encoding"
-        if not lower.startswith(_OURS):
-            kept.append((lower, name, value))
-    if packed and framing is not Framing.WHOLE:
+        elif lower == b"content-encoding":
+            packed = True
+        elif lower == b"connection":
+            passing = without(passing, named(value.decode("utf-8", "surrogateescape")))
+    if packed and framing is not _WHOLE:
         framing = Framing.OPAQUE
-    lines = [b"%b: %b\r\n" % (name, value) for lower, name, value in kept if lower not in named]
-    return b"".join(lines), framing, length
-
-
-def tokens(value: bytes) -> frozenset[bytes]:
-    """The headers that a `Connection` header names, which end at this hop like itself."""
-    return frozenset(token.strip().lower() for token in value.split(b","))
+    lines = _passing.lines(passing)
+    lines.append(b"")
+    return b"\r\n".join(lines), framing, length

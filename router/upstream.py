@@ -9,20 +9,20 @@ import ssl
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import lru_cache, partial
 
 from router.core.types import Failure, FailureKind, NodeSpec, Tls
 from router.errors import UpstreamError
 from router.exchange import Exchange
+from router.headers import HOP_BY_HOP, Header, Passing, without
+from router.sweep import Sweep
 from router.wire import Body, Connection
 
 __all__ = ["Exchange", "Upstream", "request_head"]
 
-# What belongs to one connection (RFC 9110, 7.6.1), or is written by `request_head` itself.
-_OWN = frozenset(
-    b"connection content-length host keep-alive proxy-connection te trailer"
-    b" transfer-encoding upgrade".split()
-)
+# Written by `request_head` itself, or part of one connection.
+_OWN = HOP_BY_HOP | {b"content-length", b"host"}
+_passing = Passing(lambda name: name not in _OWN)
 _request_line = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.1").fullmatch
 
 
@@ -30,34 +30,44 @@ def request_head(
     node: NodeSpec,
     method: str,
     target: str,
-    headers: Iterable[tuple[bytes, bytes]],
+    headers: Iterable[Header],
     body_length: int | None,
+    passing: Passing = _passing,
 ) -> bytes:
     """The head of a request to `node`, from the request line to the blank line.
 
-    Of `headers`, those that belong to the client's connection are left out, and a header of the
-    node's own takes the place of its namesakes. `body_length` is None for a request without a
-    body. Raises ValueError, without the offending text, for a value that could end its line.
+    Of `headers`, those that belong to the client's connection are left out (`passing` may leave
+    out more), and a header of the node's own takes the place of its namesakes. `body_length` is
+    None for a request without a body. Raises ValueError, without the offending text, for a value
+    that could end its line.
     """
-    line = f"{method} {node.prefix}{target} HTTP/1.1".encode()
-    if not _request_line(line):
-        raise ValueError("a method or target with characters that may not stand there")
-    own = {name.lower().encode(): f"{name}: {value}".encode() for name, value in node.headers}
-    if own and not own.keys().isdisjoint(_OWN - {b"host"}):
-        raise ValueError("a header of the node's own that belongs to the connection")
-    lines = [line]
-    if b"host" not in own:
-        lines.append(b"Host: " + node.authority.encode())
+    line = _known_line if "?" not in target else _line
+    lines = [line(method, node.prefix, target), b"Host: " + node.authority.encode()]
     if body_length is not None:
         lines.append(b"Content-Length: %d" % body_length)
-    lines += own.values()
-    left_out = _OWN.union(own) if own else _OWN
-    lines += [b": ".join(header) for header in headers if header[0].lower() not in left_out]
+    if node.headers:
+        own = {name.lower().encode(): f"{name}: {value}".encode() for name, value in node.headers}
+        if not own.keys().isdisjoint(_OWN - {b"host"}):
+            raise ValueError("a header of the node's own that belongs to the connection")
+        if b"host" in own:
+            del lines[1]
+        lines += own.values()
+        headers = without(headers, frozenset(own))
+    lines += passing.lines(headers)
     head = b"\r\n".join(lines)
-    ends = len(lines) - 1
-    if head.count(b"\n") != ends or head.count(b"\r") != ends or b"\0" in head:
+    if len(head) - len(head.translate(None, b"\r\n\0")) != 2 * (len(lines) - 1):
         raise ValueError("a header with CR, LF or NUL in it")
     return head + b"\r\n\r\n"
+
+
+def _line(method: str, prefix: str, target: str) -> bytes:
+    line = f"{method} {prefix}{target} HTTP/1.1".encode()
+    if not _request_line(line):
+        raise ValueError("a method or target with characters that may not stand there")
+    return line
+
+
+_known_line = lru_cache(1024)(_line)  # a few endpoints, asked over and over
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +157,7 @@ class Upstream:
         self._idle: dict[str, _Idle] = {}
         self._contexts: dict[Tls, ssl.SSLContext] = {}
         self._connections: set[Connection] = set()
+        self._sweep = Sweep(self._connections)
         self._all_gone = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -162,31 +173,28 @@ class Upstream:
         fresh: bool = False,
         no_body: bool = False,
         first_byte_s: float | None = None,
+        between_s: float | None = None,
     ) -> Exchange:
         """Send a request and wait for the status and headers of its response.
 
         `head` is whole, from the request line to the blank line (`request_head`). `fresh`: over
         a new connection. `no_body`: the response to a HEAD. `first_byte_s`: how long the head of
-        the response may take once connected. The caller closes the exchange.
-        Raises `UpstreamError`; cancelled, it cuts the connection. A `body` that can change must
-        not, until the exchange is closed.
+        the response may take once connected; `between_s`: how long the node may then be silent.
+        The caller closes the exchange. Raises `UpstreamError`; cancelled, it cuts the connection.
+        A `body` that can change must not, until the exchange is closed.
         """
         idle = self._idle_of(node)
         conn = None if fresh else idle.take()
         if conn is None:
             conn = await self._connect(node, idle)
-        limit = None
-        if first_byte_s is not None:
-            # A timer that cuts the connection costs a third of an asyncio.timeout.
-            limit = self._loop.call_later(first_byte_s, _cut_late, conn, first_byte_s)
+        self._sweep.limit(conn, first_byte_s)
         try:
             await conn.request(head, body, no_body=no_body)
         except BaseException:
             conn.abort()
             raise
-        finally:
-            if limit is not None:
-                limit.cancel()
+        if not conn.whole:
+            self._sweep.limit(conn, between_s)
         return Exchange(conn, idle.give)
 
     def forget(self, url: str) -> None:
@@ -194,11 +202,6 @@ class Upstream:
         idle = self._idle.pop(url, None)
         if idle is not None:
             idle.close()
-
-    @cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        # Asking asyncio each time is a system call, before Python 3.12.
-        return asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Cut every connection, idle or busy, and wait until all are gone."""
@@ -208,6 +211,7 @@ class Upstream:
         if self._connections:
             self._all_gone.clear()
             await self._all_gone.wait()
+        self._sweep.stop()
 
     def _idle_of(self, node: NodeSpec) -> _Idle:
         idle = self._idle.get(node.url)
@@ -297,11 +301,6 @@ async def _resolve(node: NodeSpec) -> list[str]:
         told = error.strerror if isinstance(error, OSError) else "not a host name"
         raise _no_connection(f"no address for {node.host}: {told}") from None
     return [str(address[0]) for *_, address in found]
-
-
-def _cut_late(conn: Connection, limit_s: float) -> None:
-    detail = f"no first byte within {limit_s:g} s"
-    conn.abort(Failure(FailureKind.FIRST_BYTE_TIMEOUT, sent=True, detail=detail))
 
 
 def _no_connection(detail: str) -> UpstreamError:

@@ -8,6 +8,7 @@ import asyncio
 import enum
 import re
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Any, TypeAlias, cast
 
 from httptools import HttpParserError, HttpResponseParser
@@ -15,7 +16,8 @@ from httptools import HttpParserError, HttpResponseParser
 from router.core.types import Failure, FailureKind
 from router.errors import UpstreamError
 
-Body: TypeAlias = bytes | bytearray | memoryview | Sequence[bytes | bytearray | memoryview]
+Bytes: TypeAlias = bytes | bytearray | memoryview
+Body: TypeAlias = Bytes | Sequence[Bytes]
 Sink: TypeAlias = Callable[[bytes], bool]
 
 _JOIN_BYTES = 64 * 1024  # up to here, copying head and body into one write is cheaper than two
@@ -61,37 +63,16 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_buffered",
-        "_chunked",
-        "_feed",
-        "_full",
-        "_high_water",
-        "_keep",
-        "_loop",
-        "_lost",
-        "_no_body",
-        "_parser",
-        "_paused",
-        "_quiet",
-        "_reused",
-        "_sent",
-        "_sink",
-        "_transport",
-        "_waiter",
-        "_whole",
-        "born",
-        "failure",
-        "headers",
-        "on_body",
-        "pieces",
-        "reason",
-        "state",
-        "status",
-    )
+        "_buffered", "_chunked", "_feed", "_full", "_high_water", "_keep", "_limit_s", "_loop",
+        "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused", "_sent", "_sink", "_time",
+        "_transport", "_waiter", "_whole", "born", "due", "failure", "headers", "on_body",
+        "pieces", "reason", "state", "status",
+    )  # fmt: skip
 
     _transport: asyncio.Transport
     _loop: asyncio.AbstractEventLoop
     _feed: Callable[[bytes], None]
+    _time: Callable[[], float]
 
     def __init__(
         self, born: float, high_water_bytes: int, lost: Callable[["Connection"], None]
@@ -110,6 +91,8 @@ class Connection(asyncio.Protocol):
         self._reused = False
         self._paused = False  # we asked the transport not to read
         self._full = False  # the transport asked us not to write
+        self._limit_s = inf
+        self.due = inf
 
     def __repr__(self) -> str:
         return f"<Connection {self.state.name} reused={self._reused} pieces={len(self.pieces)}>"
@@ -118,6 +101,11 @@ class Connection(asyncio.Protocol):
     def full(self) -> bool:
         """Whoever takes the body takes no more of it for now."""
         return self._paused
+
+    @property
+    def whole(self) -> bool:
+        """The end of the body has arrived."""
+        return self.state is _DONE
 
     @property
     def idle(self) -> bool:
@@ -132,7 +120,13 @@ class Connection(asyncio.Protocol):
         `no_body`: the response has none, whatever its headers say (the request was a HEAD).
         """
         self._begin(no_body=no_body)
-        await self._send(head, body)
+        parts = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
+        self._sent = True
+        if sum(map(len, parts)) <= _JOIN_BYTES:
+            self._transport.write(b"".join((head, *parts)))
+            self._whole = True
+        else:
+            await self._send(head, parts)
         while self.state is _HEAD:
             await self.wait()
         if not self.status:
@@ -196,6 +190,27 @@ class Connection(asyncio.Protocol):
         if running and failure is not None:
             self.failure = failure
 
+    def limit(self, limit_s: float) -> float:
+        """How long the node may be silent from now on: until the head is whole, or between two
+        pieces of the body. Returns the time by which `overdue` has to be asked."""
+        self._limit_s = limit_s
+        self.due = self._time() + limit_s
+        return self.due
+
+    def overdue(self, now: float) -> float:
+        """Cut off what has been silent for too long; says when to ask again."""
+        if self.state is not _HEAD and self.state is not _BODY:
+            return inf
+        if self._paused:  # it is us who do not read
+            self.due = now + self._limit_s
+        if self.due > now:
+            return self.due
+        if self.state is _HEAD:
+            self._end(FailureKind.FIRST_BYTE_TIMEOUT, f"no first byte within {self._limit_s:g} s")
+        else:
+            self._end(FailureKind.STALLED, f"sent nothing for {self._limit_s:g} s")
+        return inf
+
     def error(self) -> UpstreamError:
         """Why there is no more to read."""
         assert self.failure is not None, self
@@ -221,22 +236,17 @@ class Connection(asyncio.Protocol):
         self._feed = parser.feed_data
         self.state = _HEAD
 
-    async def _send(self, head: bytes, body: Body) -> None:
-        parts = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
-        self._sent = True
-        if sum(map(len, parts)) <= _JOIN_BYTES:
-            self._transport.write(b"".join((head, *parts)))
-        else:
-            self._transport.write(head)
-            unseen = 0
-            for piece in _slices(parts):
-                self._transport.write(piece)
-                unseen += len(piece)
-                if self._full or unseen >= _SLICE_BYTES:
-                    unseen = 0
-                    await self._drain()
-                if self.state is not _HEAD:  # an early answer: the rest need not go
-                    return
+    async def _send(self, head: bytes, parts: Sequence[Bytes]) -> None:
+        self._transport.write(head)
+        unseen = 0
+        for piece in _slices(parts):
+            self._transport.write(piece)
+            unseen += len(piece)
+            if self._full or unseen >= _SLICE_BYTES:
+                unseen = 0
+                await self._drain()
+            if self.state is not _HEAD:  # an early answer: the rest need not go
+                return
         self._whole = True
 
     async def _drain(self) -> None:
@@ -254,6 +264,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._loop = asyncio.get_running_loop()
+        self._time = self._loop.time
 
     def data_received(self, data: bytes) -> None:
         if self.state is not _BODY and self.state is not _HEAD:
@@ -264,6 +275,8 @@ class Connection(asyncio.Protocol):
             self._feed(data)
         except HttpParserError as error:
             self._refuse(error)
+        if self.state is _BODY:
+            self.due = self._time() + self._limit_s
         if self.pieces:
             if self._sink is not None:
                 self._pour_out(self._sink)
@@ -375,6 +388,7 @@ class Connection(asyncio.Protocol):
 
     def _resume_reading(self) -> None:
         self._paused = False
+        self.due = self._time() + self._limit_s
         self._transport.resume_reading()
 
     def _framed(self) -> bool:
@@ -387,7 +401,7 @@ class Connection(asyncio.Protocol):
         return "before the response" if self.state is _HEAD else "inside the response"
 
 
-def _slices(parts: Sequence[bytes | bytearray | memoryview]) -> Iterator[memoryview]:
+def _slices(parts: Sequence[Bytes]) -> Iterator[memoryview]:
     for part in parts:
         view = memoryview(part)
         for start in range(0, len(view), _SLICE_BYTES):

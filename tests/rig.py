@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -53,6 +54,8 @@ class Rig:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """Everything logged so far, as parsed JSON lines."""
+        for handler in logging.getLogger().handlers:
+            handler.flush()
         return [json.loads(line) for line in self.output.getvalue().splitlines()]
 
     @property

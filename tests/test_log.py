@@ -1,5 +1,6 @@
 """Log lines: one format for ours and for those of libraries, one line per request."""
 
+import asyncio
 import io
 import json
 import logging
@@ -35,15 +36,22 @@ def test_a_status_says_how_a_request_ended(status: int, ending: Ending) -> None:
     assert log.ending(status) is ending
 
 
-def test_the_canonical_line_has_every_field() -> None:
+async def told(done: Report, ended: float, style: str = "json") -> io.StringIO:
     out = io.StringIO()
-    log.setup("info", "json", out)
+    log.setup("info", style, out)
+    tell = log.requests()
+    assert tell is not None
+    tell(done, ended)
+    await asyncio.sleep(0)
+    return out
+
+
+async def test_the_canonical_line_has_every_field() -> None:
     done = report(
         endpoint="/api/chat", model="llama3:8b", node="n1", reason="pinned", attempts=2,
         first_at=5.25, status=200, ending=Ending.OK, usage=Usage(7, 35, 0.5, 1.0),
     )  # fmt: skip
-    log.request(log.logger(), done, 6.5)
-    (line,) = lines(out)
+    (line,) = lines(await told(done, 6.5))
     assert line.pop("timestamp").endswith("Z")
     assert line == {
         "event": "request", "level": "info", "id": "r1", "client": "10.0.0.1", "method": "POST",
@@ -53,15 +61,38 @@ def test_the_canonical_line_has_every_field() -> None:
     }  # fmt: skip
 
 
-def test_a_request_that_got_no_answer_says_so_and_why() -> None:
-    out = io.StringIO()
-    log.setup("info", "json", out)
-    log.request(log.logger(), report(error="node n1: connection refused"), 5.0)
-    (line,) = lines(out)
+async def test_a_request_that_got_no_answer_says_so_and_why() -> None:
+    (line,) = lines(await told(report(error="node n1: connection refused"), 5.0))
     assert line["ttft_ms"] is None
     assert line["prompt_tokens"] is None
     assert line["outcome"] == "cancelled"
     assert line["error"] == "node n1: connection refused"
+
+
+async def test_a_terminal_gets_the_same_fields() -> None:
+    text = (await told(report(model="llama3:8b", status=200), 5.5, "console")).getvalue()
+    assert "request" in text
+    assert "model=llama3:8b" in text
+    assert "duration_ms=500.0" in text
+    assert "error=" not in text
+
+
+async def test_lines_of_requests_stand_in_order_and_before_what_is_said_later() -> None:
+    out = io.StringIO()
+    log.setup("info", "json", out)
+    tell = log.requests()
+    assert tell is not None
+    tell(report(id="a"), 5.0)
+    tell(report(id="b"), 5.0)
+    log.logger().info("later")
+    tell(report(id="c"), 5.0)
+    await asyncio.sleep(0)
+    assert [line.get("id", line["event"]) for line in lines(out)] == ["a", "b", "later", "c"]
+
+
+def test_below_their_level_lines_of_requests_are_not_made() -> None:
+    log.setup("warning", "json", io.StringIO())
+    assert log.requests() is None
 
 
 @pytest.mark.parametrize(

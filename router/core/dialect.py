@@ -5,7 +5,6 @@ Source: Ollama's own API, as described in `docs/compatibility.md`.
 
 import enum
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -120,8 +119,7 @@ def find(path: str) -> Route | None:
     return _WITH_LAST.get(head) if last else None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """What the client asked. `model` is empty where the body names none that can be read.
     `streams`: the answer may be a stream."""
 
@@ -130,20 +128,16 @@ class Call:
     streams: bool = False
 
 
-class _Fields(msgspec.Struct):
-    model: str | None = None
-    name: str | None = None
-    stream: bool | None = None
-
-
-_decode = msgspec.json.Decoder(_Fields).decode
-# The quick way knows keys as they are written. Any other spelling that Go would take for one of
-# ours, by case or by an escape, has to go the exact way.
-_OTHER_SPELLING = re.compile(
-    rb'"(?!(?:model|name|stream)")(?:[mM][oO][dD][eE][lL]|[nN][aA][mM][eE]'
-    rb'|(?:[sS]|\xc5\xbf)[tT][rR][eE][aA][mM])"[ \t\r\n]*:'
-)
-_ESCAPED_KEY = re.compile(rb'\\u[0-9a-fA-F]{4}[A-Za-z]*"[ \t\r\n]*:')
+_ROUTING = frozenset(("model", "name", "stream"))
+# What most bodies hold; any other key is looked at more closely.
+_USUAL = _ROUTING | {
+    "messages", "prompt", "input", "options", "tools", "format", "keep_alive", "think", "system",
+    "max_tokens", "temperature", "top_p", "stop", "seed", "stream_options", "tool_choice",
+}  # fmt: skip
+_MAX_KEYS, _MAX_KEY = 1000, 1000
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_text = msgspec.json.Decoder(str | None).decode
+_flag = msgspec.json.Decoder(bool | None).decode
 QUICK_BYTES = 256 * 1024
 
 
@@ -158,17 +152,32 @@ def parse(route: Route, body: bytes | bytearray) -> Call:
 
 def _parse_quickly(route: Route, body: bytes | bytearray) -> Call | None:
     """What the exact way would say, or None where it has to be asked."""
-    if _OTHER_SPELLING.search(body) or _ESCAPED_KEY.search(body):
-        return None
     try:
-        fields = _decode(body)
+        fields = _fields(body)
+        if not fields.keys() <= _USUAL and not _plain(fields):
+            return None
+        model = stream = None
+        for field in route.model_in:
+            if field in fields:
+                model = _text(fields[field])
+                if model is not None and model.strip():
+                    break
+                model = None
+        if route.streams is not None:
+            stream = route.streams
+            if "stream" in fields and (asked := _flag(fields["stream"])) is not None:
+                stream = asked
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
-    model = fields.model or ""
-    if not model.strip() and "name" in route.model_in:
-        model = fields.name or ""
-    stream = route.streams if fields.stream is None else fields.stream
-    return Call(route, model if model.strip() else "", bool(stream and route.streams is not None))
+    return Call(route, model or "", bool(stream))
+
+
+def _plain(fields: Mapping[str, object]) -> bool:
+    """Whether no key is another spelling of one of ours, which Go would take for the same."""
+    return len(fields) <= _MAX_KEYS and all(
+        key in _ROUTING or (len(key) <= _MAX_KEY and peek.fold(key) not in _ROUTING)
+        for key in fields
+    )
 
 
 def _parse_exactly(route: Route, body: bytes | bytearray) -> Call:

@@ -27,13 +27,14 @@ class Node:
 
     __slots__ = (
         "_listed", "_loaded", "detail", "health", "in_flight", "pool", "present", "resident",
-        "signs", "since", "spec", "turn", "version",
+        "signs", "since", "spec", "turn", "up", "version",
     )  # fmt: skip
 
     def __init__(self, spec: NodeSpec, pool: str, now: float) -> None:
         self.spec = spec
         self.pool = pool
         self.health = Health.UNKNOWN
+        self.up = False  # whether health says so: asked for every node by every request
         self.since = now
         self.detail = "not probed yet"
         self.signs = 0
@@ -47,10 +48,6 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<{self.spec.name} {self.health} {self.in_flight} in flight>"
-
-    @property
-    def up(self) -> bool:
-        return self.health is Health.UP
 
     @property
     def suspect(self) -> bool:
@@ -90,6 +87,7 @@ class Node:
         self.signs = self.signs + 1 if nxt is not was else 0
         if nxt is not was and self.signs >= (1, up_after, down_after)[needed]:
             self.health, self.since, self.signs = nxt, now, 0
+            self.up = nxt is Health.UP
         return was, self.health
 
     def learn(self, seen: Observation) -> bool:

@@ -54,7 +54,7 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
             raise Unreadable("a key without a value")
         at = _blank(body, at + 1)
         end = _value_end(body, at, steps)
-        spans[_fold(key)] = (at, end)
+        spans[fold(key)] = (at, end)
         at = _blank(body, end)
         mark = body[at : at + 1]
         if mark == b"}":
@@ -64,7 +64,7 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
         at = _blank(body, at + 1)
 
 
-def _fold(key: str) -> str:
+def fold(key: str) -> str:
     """Equal for keys that Go takes for equal: ASCII case, the long s and the Kelvin sign."""
     return key.replace("\u017f", "s").replace("\u212a", "k").lower()
 

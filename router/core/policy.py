@@ -3,6 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from router.core.names import Name, Pin, pinned
 from router.core.node import Node
 from router.core.types import Reason, Refusal, Rejected
@@ -19,8 +21,7 @@ class Target:
     known: bool = field(default=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Eligible:
+class Eligible(msgspec.Struct, frozen=True, eq=False):
     """Nodes of one pool that may be asked now, and the reason that holds for any of them."""
 
     nodes: Sequence[Node]

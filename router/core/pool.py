@@ -1,7 +1,9 @@
 """The one owner of nodes and leases. Synchronous; told the time; returns what to do."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from router.core import names, policy
 from router.core.names import BadName, Name
@@ -26,19 +28,17 @@ from router.core.types import (
 _RESOLVED_MAX = 1000
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True, eq=False):
     """One try on one node. Each has an identity of its own: it enters and leaves once."""
 
     target: Target
     tried: Collection[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True, eq=False):
     """The right to have `attempt` in flight on `node`."""
 
-    attempt: Attempt = field(repr=False)
+    attempt: Attempt
     node: NodeSpec
     reason: Reason
 

@@ -4,6 +4,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 
 @dataclass(frozen=True, slots=True)
 class Tls:
@@ -33,13 +35,13 @@ class NodeSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     tls: Tls = Tls()
+    authority: str = field(init=False, repr=False, compare=False)  # what it is told in `Host`
 
-    @property
-    def authority(self) -> str:
-        """What the node is told in `Host`."""
+    def __post_init__(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
         default = 443 if self.scheme == "https" else 80
-        return host if self.port == default else f"{host}:{self.port}"
+        authority = host if self.port == default else f"{host}:{self.port}"
+        object.__setattr__(self, "authority", authority)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +175,7 @@ class Rejected:
     nodes: tuple[NodeSpec, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How an attempt ended: `failure` None means that the node answered, whatever it said."""
 
     failure: Failure | None = None

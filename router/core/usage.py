@@ -6,7 +6,6 @@ escaped, so text that a model writes can never be taken for one of these fields.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -21,8 +20,7 @@ _PROMPT = (b"prompt_eval_count", b"prompt_tokens", b"input_tokens")
 _COMPLETION = (b"eval_count", b"completion_tokens", b"output_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """What a final record told; None for what it did not. Durations in seconds."""
 
     prompt_tokens: int | None = None
@@ -31,6 +29,7 @@ class Usage:
     eval_s: float | None = None
 
 
+NOTHING = Usage()
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=10**18)] | None
 
 
@@ -83,7 +82,7 @@ def _of(record: _Record) -> Usage:
 def _searched(records: bytes) -> Usage:
     found = {match[1]: int(match[2]) for match in _COUNT.finditer(records[-_TAIL_BYTES:])}
     if not found:
-        return Usage()
+        return NOTHING
     return Usage(
         prompt_tokens=_first(found, _PROMPT),
         completion_tokens=_first(found, _COMPLETION),
