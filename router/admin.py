@@ -9,7 +9,8 @@ from aiohttp import hdrs, web
 
 from router import __version__
 from router.core import dialect
-from router.core.pool import NodeView, Pool
+from router.core.pool import Pool
+from router.core.types import NodeView
 from router.dispatch import Clock
 from router.metrics import CONTENT_TYPE, Metrics
 
@@ -132,6 +133,10 @@ class Admin:
             },
             "nodes": [_node(node, now) for node in nodes],
             "models": _models(nodes),
+            "digest_conflicts": [
+                {"model": model, "digests": digests}
+                for model, digests in self.pool.conflicts().items()
+            ],
         }
 
 

@@ -1,5 +1,6 @@
 """The composition root: builds everything, and wires how it starts, changes and stops."""
 
+import asyncio
 import ipaddress
 import os
 import secrets
@@ -14,14 +15,20 @@ from aiohttp import web
 from router import log
 from router.address import Address
 from router.admin import Admin, ConfigState, ReloadResult
+from router.build import Builds
 from router.catalog import Catalog
+from router.core.dialect import VIA
 from router.core.pool import Pool
-from router.core.types import Flip, Health
+from router.core.types import Flip, Health, NodeSpec, Scope
 from router.cors import Cors
 from router.dispatch import Clock, Dispatch
 from router.downstream import Server
+from router.fanout import Fanout
+from router.fanout import Settings as ManageSettings
 from router.gate import Gate
 from router.gate import Settings as GateSettings
+from router.guard import Guard
+from router.manage import Manage
 from router.metrics import Metrics
 from router.prober import Prober
 from router.prober import Settings as ProbeSettings
@@ -29,6 +36,7 @@ from router.proxy import Proxy
 from router.proxy import Settings as ProxySettings
 from router.relay import Limits
 from router.settings import Config
+from router.settings import Manage as ManageEntry
 from router.upstream import Upstream
 
 # How long what is left at the end of a drain has to notice that it was cut.
@@ -58,18 +66,37 @@ class App:
         self.state = ConfigState()
         self.log = log.logger()
         self.pool = Pool(config.topology, clock())
+        self._conflicts = self.pool.conflicts()
         self.metrics = Metrics(self.pool.snapshot)
         instance = secrets.token_hex(16)
         self._upstream = Upstream(connect_s=config.timeouts.connect_s)
+        fanout = Fanout(
+            upstream=self._upstream,
+            settings=_manage_settings(config),
+            via=(VIA.encode(), instance.encode()),
+            clock=clock,
+            learn=self._learn,
+        )
         proxy = Proxy(
             pool=self.pool,
             dispatch=Dispatch(self.pool, self._flipped, clock),
             upstream=self._upstream,
+            fanout=fanout,
             settings=_proxy_settings(config),
             instance=instance,
             clock=clock,
         )
-        self._gate = Gate(proxy, Catalog(self.pool), self.metrics, _gate_settings(config), clock)
+        self._guard = Guard(socket.gethostname())
+        self._gate = Gate(
+            proxy=proxy,
+            catalog=Catalog(self.pool),
+            manage=Manage(self.pool, fanout, Builds(self.pool, fanout)),
+            metrics=self.metrics,
+            settings=_gate_settings(config),
+            clock=clock,
+            guard=self._guard,
+            look=self._look,
+        )
         self.prober = Prober(
             pool=self.pool,
             upstream=self._upstream,
@@ -77,6 +104,7 @@ class App:
             settings=_probe_settings(config),
             instance=instance,
             on_flip=self._flipped,
+            on_seen=self._seen,
             clock=clock,
         )
         token = config.admin.token
@@ -101,7 +129,7 @@ class App:
         )
         self._client_runner = web.ServerRunner(self._server, shutdown_timeout=_CUT_S)
         admin = Server(
-            self._admin.handle,
+            self._guard.before(self._admin.handle),
             max_header_bytes=limits.max_header_bytes,
             head_timeout_s=timeouts.head_timeout_s,
             cancels=False,  # whoever asked for a reload may leave, the reload goes on
@@ -126,6 +154,7 @@ class App:
                 lookup = isinstance(error, socket.gaierror)
                 why = error.strerror if lookup else os.strerror(error.errno or 0).lower()
                 raise OSError(error.errno, f"cannot listen on {address}: {why}") from error
+            self._guard.watch(runner.addresses)
             if runner is self._client_runner:
                 self._sites.append(site)
         return [_url(bound) for bound in runner.addresses]
@@ -162,6 +191,7 @@ class App:
         )
         self._gate.settings = _gate_settings(config)
         self._gate.proxy.settings = _proxy_settings(config)
+        self._gate.manage.fanout.settings = _manage_settings(config)
         self.prober.reconfigure(_probe_settings(config))
         token = config.admin.token
         self._admin.token = None if token is None else token.get_secret_value()
@@ -184,12 +214,37 @@ class App:
         self.metrics.reload_ok.set(ok)
         self.metrics.generation.set(self.state.generation)
 
+    async def _learn(self, nodes: Sequence[NodeSpec]) -> None:
+        """Ask nodes what they have now, so that the listings show what a request has changed."""
+        async with asyncio.TaskGroup() as group:
+            for node in nodes:
+                group.create_task(self.prober.look(node, ("tags",)))
+
+    async def _look(self, scope: Scope | None) -> None:
+        """See which models nodes have in memory, where requests may have changed that."""
+        async with asyncio.TaskGroup() as group:
+            for node, used in self.pool.unseen(scope):
+                group.create_task(self._look_at(node, used))
+
+    async def _look_at(self, node: NodeSpec, used: int) -> None:
+        if "ps" in await self.prober.look(node, ("ps",)):
+            self.pool.saw(node.url, used)
+
     def _flipped(self, flip: Flip) -> None:
         say = self.log.info if flip.now is Health.UP else self.log.warning
         say("node " + flip.now.value, node=flip.node, was=flip.was.value, reason=flip.reason)
         if self.pool.probed and not self.pool.any_up:
             self.log.error("no node is up")
         self._changed()
+
+    def _seen(self) -> None:
+        """Tell of each name that has come to stand for several digests."""
+        before, now = self._conflicts, self.pool.conflicts()
+        if now is before:
+            return
+        self._conflicts = now
+        for model in now.keys() - before.keys():
+            self.log.warning("model digest conflict", model=model, digests=now[model])
 
 
 def _is_loopback(address: Address) -> bool:
@@ -210,7 +265,34 @@ def _gate_settings(config: Config) -> GateSettings:
     return GateSettings(
         trusted=tuple(config.trusted),
         cors=Cors(config.cors.origins),
+        barred=_barred(config.manage),
         log=log.requests() if config.log.requests else None,
+    )
+
+
+def _barred(manage: ManageEntry) -> frozenset[str]:
+    verbs = {
+        "/api/pull": manage.pull,
+        "/api/create": manage.create,
+        "/api/blobs/:digest": manage.create,
+        "/api/delete": manage.delete,
+        "/api/copy": manage.copy_verb,
+        "/api/push": manage.push,
+    }
+    return frozenset(path for path, verb in verbs.items() if not verb.allow)
+
+
+def _manage_settings(config: Config) -> ManageSettings:
+    limits, timeouts = config.limits, config.timeouts
+    pull, create = config.manage.pull.to, config.manage.create.to
+    return ManageSettings(
+        relay=Limits(limits.max_held_bytes, limits.max_record_bytes),
+        max_body_bytes=limits.max_body_bytes,
+        stalled_body_s=timeouts.stalled_body_s,
+        first_byte_s=timeouts.first_byte_s,
+        between_s=timeouts.between_records_s,
+        pull_to=None if pull == "all" else pull,
+        create_to=None if create == "all" else create,
     )
 
 
@@ -222,6 +304,7 @@ def _proxy_settings(config: Config) -> ProxySettings:
         stalled_body_s=timeouts.stalled_body_s,
         first_byte_s=timeouts.first_byte_s,
         between_s=timeouts.between_records_s,
+        exact_usage=config.metrics.exact_usage,
     )
 
 

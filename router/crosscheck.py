@@ -47,8 +47,10 @@ def check(document: Document, value: dict[str, object]) -> None:
     _check_names(document, nodes)
     for node in nodes:
         _check_node(document, node)
+    _check_primary(document, nodes)
     _check_listeners(document, nodes, list(_listeners(value)))
     _check_aliases(document, nodes, _mapping(value.get("aliases")))
+    _check_placements(document, nodes, value)
 
 
 def own_address(text: str) -> str | None:
@@ -125,6 +127,13 @@ def _check_node(document: Document, node: _Seen) -> None:
             document.refuse_key((*node.path, "headers", key), "this header stands twice: keep one")
 
 
+def _check_primary(document: Document, nodes: list[_Seen]) -> None:
+    marked = [node for node in nodes if yamlfile.typed(node.entry.get("primary")) is True]
+    for node in marked[1:]:
+        text = f"{marked[0]} is primary already: only one can be"
+        document.refuse((*node.path, "primary"), text)
+
+
 def _default(model: type[BaseModel], field: str) -> object:
     default: object = model.model_fields[field].default
     return default
@@ -165,11 +174,34 @@ def _check_aliases(document: Document, nodes: list[_Seen], aliases: dict[str, ob
             document.refuse_key(("aliases", alias), "this is no model name")
         elif first.setdefault(key, alias) != alias:
             document.refuse_key(("aliases", alias), "this alias stands twice: keep one")
-    for alias, target in aliases.items():
+    for alias, value in aliases.items():
         path = ("aliases", alias)
-        wrong = isinstance(target, str) and _wrong_target(target, _key(alias), first, nodes)
-        if wrong:
-            document.refuse(path, wrong)
+        if isinstance(value, str):
+            targets: list[tuple[yamlfile.Path, object]] = [(path, value)]
+        else:
+            targets = [((*path, number), one) for number, one in enumerate(_items(value))]
+        for where, target in targets:
+            wrong = isinstance(target, str) and _wrong_target(target, _key(alias), first, nodes)
+            if wrong:
+                document.refuse(where, wrong)
+
+
+def _check_placements(document: Document, nodes: list[_Seen], value: dict[str, object]) -> None:
+    called = {node.name.lower() for node in nodes if node.name}
+    pools = {"default"} if "nodes" in value else set()
+    for pool in _items(value.get("pools")):
+        pools.add(str(_mapping(pool).get("name")).lower())
+    # With a node that cannot be read yet, nobody knows what it is called.
+    known = [("nodes", called)] if len(called) == len(nodes) else []
+    for number, entry in enumerate(_items(value.get("placement"))):
+        place = _mapping(entry)
+        if place and not any(place.get(key) for key in ("nodes", "labels", "pools")):
+            document.refuse(("placement", number), "say where: nodes, labels or pools")
+        for key, names_there in (*known, ("pools", pools)):
+            for at, name in enumerate(_items(place.get(key))):
+                if isinstance(name, str) and name.lower() not in names_there:
+                    text = f"no such {key[:-1]} is configured"
+                    document.refuse(("placement", number, key, at), text)
 
 
 def _key(name: str) -> str | None:

@@ -1,20 +1,18 @@
 """The face towards clients: aiohttp's server, with our own answers to what is not HTTP."""
 
 import asyncio
+import contextlib
 import ipaddress
 import re
-import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from itertools import chain
 from typing import TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import aiohttp.web_protocol
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import LineTooLong
 
-from router.core import dialect
-from router.core.dialect import Family, Route
 from router.errors import ClientError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -23,6 +21,8 @@ _PIPELINED = 8
 _IDLE_S = 75.0
 _VERSIONS = (aiohttp.HttpVersion11, aiohttp.HttpVersion10)
 _SHORTEST_FIELD_BYTES = 4  # a name, a colon, a line end
+_FRAMING_BYTES = 64 * 1024
+_FRAMING_SHARE = 16  # times the body: a byte in a chunk of its own takes six
 
 _Data = TypeVar("_Data", bytes, bytearray)
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -30,15 +30,27 @@ Handler = Callable[["Request"], Awaitable["web.StreamResponse | Reply"]]
 
 
 class Request(web.BaseRequest):
-    """A request whose response names no server software, as Ollama's does not, and ends its
-    connection once the server is closing."""
+    """A request whose response names no server software, as Ollama's does not."""
 
     ATTRS = web.BaseRequest.ATTRS | {"server"}
     server: "Server"
 
+    @property
+    def last(self) -> bool:
+        """Its answer ends the connection: the server is closing, or the client offers another
+        protocol, and the parser may have dropped what followed."""
+        return self.server.closing or self._message.upgrade
+
+    @property
+    def called(self) -> str:
+        """The host that the client means, empty for none. Not `host`, which then asks the
+        resolver for this machine's name; in a whole URL it goes before the header."""
+        host = self._headers.get(hdrs.HOST, "")
+        return host if self._message.path[:1] == "/" else self._message.url.host or host
+
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         del response.headers[hdrs.SERVER]
-        if self.server.closing:
+        if self.last:
             response.force_close()
             response.headers[hdrs.CONNECTION] = "close"
 
@@ -49,32 +61,35 @@ class Reply:
 
     `head`: header lines, each with its line end. `length`: of the body, None if not known before
     its end. aiohttp finishes it like a response of its own: `prepare`, `write_eof`, `keep_alive`.
+    `last`: no request can follow, since the body of this one is not read.
     """
 
     __slots__ = (
-        "_chunked",
-        "_ended",
-        "_head",
-        "_request",
-        "_rest",
-        "begun",
-        "keep_alive",
+        "_chunked", "_ended", "_head", "_protocol", "_request", "_rest", "begun", "keep_alive",
         "status",
-    )
+    )  # fmt: skip
 
     def __init__(
-        self, request: Request, status: int, reason: bytes, head: bytes, length: int | None
+        self,
+        request: Request,
+        status: int,
+        reason: bytes,
+        head: bytes,
+        length: int | None,
+        *,
+        last: bool = False,
     ) -> None:
         self.status = status
         self.begun = False
         self._request = request
+        self._protocol = request.protocol
         self._ended = False
         self._rest = b""
         modern = request.version >= aiohttp.HttpVersion11
         empty = status in (204, 304)
         self._chunked = modern and length is None and not empty
         delimited = modern or empty or length is not None
-        self.keep_alive = request.keep_alive and delimited and not request.server.closing
+        self.keep_alive = request.keep_alive and delimited and not (last or request.last)
         lines = [b"HTTP/1.1 " if modern else b"HTTP/1.0 ", b"%d %b\r\n" % (status, reason), head]
         if self._chunked:
             lines.append(b"Transfer-Encoding: chunked\r\n")
@@ -96,11 +111,12 @@ class Reply:
             self.begun = True
             self._request.writer.output_size = 1  # aiohttp then adds no answer of its own
             data = self._head + data
-        transport = self._request.transport
+        protocol = self._protocol
+        transport = protocol.transport
         if transport is None or transport.is_closing():
             return False
         transport.write(data)
-        return not self._request.protocol.writing_paused
+        return not protocol.writing_paused
 
     async def drain(self) -> None:
         """Wait until the client takes more. Raises ConnectionResetError if it has left."""
@@ -134,7 +150,9 @@ class Reply:
 class Connection(web.RequestHandler):
     """A client's connection. What is not HTTP gets plain text, and is no error of ours."""
 
-    __slots__ = ("_head_handle", "_head_timeout_s", "broken")
+    __slots__ = (
+        "_content", "_head_handle", "_head_timeout_s", "_wire_bytes", "admitted", "broken", "local"
+    )  # fmt: skip
 
     def __init__(
         self, manager: "Server", *, head_timeout_s: float, loop: asyncio.AbstractEventLoop,
@@ -143,11 +161,22 @@ class Connection(web.RequestHandler):
         super().__init__(manager, loop=loop, **settings)  # type: ignore[arg-type]
         self._head_timeout_s = head_timeout_s
         self._head_handle: asyncio.TimerHandle | None = None
+        self._content: aiohttp.StreamReader | None = None  # the body that is being received,
+        self._wire_bytes = 0  # and what has come of it, with its framing
         self.broken = False
+        self.local: tuple[str, int] | None = None  # the address it came to
+        self.admitted: str | None = None  # the Host that `Guard` last let pass
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.local = transport.get_extra_info("sockname")[:2]
 
     def data_received(self, data: bytes) -> None:
-        """Give a request's head, once begun, a bounded time to be whole."""
+        """Give a request's head, once begun, a bounded time to be whole, and the framing of a
+        body a bounded size."""
         super().data_received(data)
+        if self._current_request is not None and not self._current_request.content.is_eof():
+            self._weigh(self._current_request.content, len(data))
         if self._messages and isinstance(self._messages[-1][0], aiohttp.web_protocol._ErrInfo):
             self.broken = True
             self.abandon_body()
@@ -160,6 +189,14 @@ class Connection(web.RequestHandler):
         elif self._head_handle is not None:
             self._head_handle.cancel()
             self._head_handle = None
+
+    def _weigh(self, content: aiohttp.StreamReader, received: int) -> None:
+        if content is not self._content:
+            self._content, self._wire_bytes = content, 0
+        self._wire_bytes += received
+        if self._wire_bytes > _FRAMING_BYTES + _FRAMING_SHARE * content.total_bytes:
+            self.broken = True  # chunk extensions, or zeros before a size, without end
+            self.abandon_body()
 
     def abandon_body(self) -> None:
         """The parser has given up: a body that is being read would be waited for for ever."""
@@ -247,12 +284,12 @@ def target(request: Request) -> tuple[str, str]:
     Raises ClientError for a head that is no good, although each line of it is.
     """
     if sum(map(len, chain.from_iterable(request.raw_headers))) > request.server.max_header_bytes:
-        raise ClientError(431, "request header fields too large")
+        raise ClientError(431, "request header fields too large", last=True)
     if request.version not in _VERSIONS:
-        raise ClientError(505, "HTTP version not supported")
+        raise ClientError(505, "HTTP version not supported", last=True)
     coding = request.headers.get(hdrs.TRANSFER_ENCODING)
     if coding is not None and coding.lower() != "chunked":
-        raise ClientError(501, "unsupported transfer encoding")
+        raise ClientError(501, "unsupported transfer encoding", last=True)
     raw = request.raw_path
     if not raw.startswith("/"):
         return request.rel_url.path, ("?" + q if (q := request.rel_url.raw_query_string) else "")
@@ -307,28 +344,50 @@ async def body(
     if nothing of it came for `stall_s`: a slow upload is none that has stalled."""
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
+    if waits(request):
+        await go_ahead(request)
+    whole = bytearray()
+    async with contextlib.aclosing(pieces(request, stall_s)) as source:
+        async for piece in source:
+            whole += piece
+            _bounded(whole, limit)
+    return whole
+
+
+def waits(request: web.BaseRequest) -> bool:
+    """Whether the client sends its body only once it is told to, or has waited for long."""
     modern = request.version >= aiohttp.HttpVersion11
-    if modern and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0
+    return modern and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue"
+
+
+async def go_ahead(request: web.BaseRequest) -> None:
+    """Tell a client that waits for it to send its body."""
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
+
+
+async def pieces(
+    request: web.BaseRequest, stall_s: float | None = None
+) -> AsyncGenerator[bytes, None]:
+    """The body as it comes, of any size: a client that is faster than the reader has to wait.
+
+    Raises ClientError as `body` does. Whoever may leave it unfinished closes it.
+    """
     if isinstance(request.protocol, Connection) and request.protocol.broken:
         request.protocol.abandon_body()  # it broke before its handler had begun
     content = request.content
     try:
-        whole = bytearray()
         while True:
             async with asyncio.timeout(stall_s):
                 piece = await content.readany()
             if not piece:
-                break
-            whole += piece
-            _bounded(whole, limit)
+                return
+            yield piece
     except aiohttp.web_protocol.RequestPayloadError:
         raise ClientError(400, "malformed request body") from None
     except TimeoutError:
         content.set_exception(TimeoutError())  # the rest is no request
         raise ClientError(408, f"no more of the request body for {stall_s:g} s") from None
-    return whole
 
 
 def _bounded(data: _Data, limit: int) -> _Data:
@@ -339,37 +398,3 @@ def _bounded(data: _Data, limit: int) -> _Data:
 
 def _too_large(limit: int) -> ClientError:
     return ClientError(413, f"request body too large: the limit is {limit} bytes")
-
-
-def plain(status: int, text: str, **headers: str) -> web.Response:
-    """Plain text, as Ollama answers what is no endpoint."""
-    return web.Response(status=status, body=text.encode(), headers={
-        hdrs.CONTENT_TYPE: "text/plain", **headers
-    })  # fmt: skip
-
-
-def error(family: Family, status: int, message: str) -> web.Response:
-    """An error in the caller's dialect."""
-    return web.Response(
-        status=status,
-        body=dialect.error_body(family, status, message, new_request_id()),
-        headers={hdrs.CONTENT_TYPE: dialect.error_type(family)},
-    )
-
-
-def new_request_id() -> str:
-    """An id in the form that Anthropic's errors carry."""
-    return f"req_{secrets.token_hex(12)}"
-
-
-def no_route(path: str, query: str, method: str) -> web.Response:
-    """What Ollama says of a path that is no endpoint: a redirect to one, or 404."""
-    clean = re.sub(r"/{2,}", "/", path).rstrip("/") or "/"
-    if clean != path and dialect.find(clean) is not None:
-        status = 301 if method == "GET" and path.rstrip("/") == clean else 307
-        return plain(status, "", Location=quote(clean, safe="/:@") + query)
-    return plain(404, "404 page not found")
-
-
-def wrong_method(route: Route) -> web.Response:
-    return plain(405, "405 method not allowed", Allow=", ".join(route.methods))

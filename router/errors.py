@@ -20,9 +20,17 @@ class UpstreamError(Exception):
 
 
 class ClientError(Exception):
-    """The client's mistake: `status` and `message` go back in the client's own dialect."""
+    """The client's mistake: `status` and `message` go back in the client's own dialect, or, as
+    Ollama does where it has not come to know the dialect yet, in the native one.
 
-    def __init__(self, status: int, message: str) -> None:
+    `last`: what follows on the connection cannot be told from a request.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, native: bool = False, last: bool = False
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.native = native
+        self.last = last

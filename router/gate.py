@@ -3,25 +3,29 @@
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
-from router import downstream, log
+from router import answers, downstream, log
 from router.catalog import Catalog
 from router.core import dialect, retry
-from router.core.dialect import VIA, Family, Kind, Route
+from router.core.dialect import VIA, Asked, Family, Kind, Route
+from router.core.types import Need, Refusal, Rejected, Scope
 from router.cors import Cors
 from router.dispatch import Clock, Refused
 from router.downstream import Network, Reply, Request
 from router.errors import ClientError, UpstreamError
+from router.guard import Guard
 from router.log import Ending, Report
+from router.manage import Manage
 from router.metrics import Metrics
 from router.proxy import Proxy
 
 Answer = web.StreamResponse | Reply
-_ROUTED = Kind.ROUTED  # a look-up in the module is a third of the price of one in the enum
+_LOCAL = Kind.LOCAL  # a look-up in the module is a third of the price of one in the enum
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -31,6 +35,7 @@ class Settings:
 
     trusted: tuple[Network, ...]
     cors: Cors
+    barred: frozenset[str]  # the paths of routes that clients may not use
     log: Callable[[Report, float], None] | None  # writes one line per request
 
 
@@ -40,9 +45,12 @@ class Gate:
 
     proxy: Proxy
     catalog: Catalog
+    manage: Manage
     metrics: Metrics
     settings: Settings
     clock: Clock
+    guard: Guard
+    look: Callable[[Scope | None], Awaitable[None]]  # at what nodes have in memory, if it changed
     active: int = 0
     # Random per process and counted within it: unique, without asking the kernel each time.
     _run: str = field(default_factory=lambda: secrets.token_hex(6))
@@ -80,26 +88,28 @@ class Gate:
         allowed: Mapping[str, str] | None = _NO_HEADERS
         try:
             path, query = downstream.target(request)
+            pin = None
+            if path[1:2] == "@":
+                pin, path = _split(path)
             route = dialect.find(path)
             if route is not None:
                 report.endpoint = route.path
             allowed = self._allowed(request)
-            answer = self._answer_here(request, route, path, query, allowed)
+            answer = self._turned_away(request, route, path, query, allowed)
             if answer is None:
                 assert route is not None
                 assert allowed is not None
-                extra = "".join(f"{name}: {value}\r\n" for name, value in allowed.items())
-                return await self.proxy.relay(request, report, route, query, extra.encode())
+                asked = Asked(route, path, query, self._scope(pin))
+                if route.kind is not _LOCAL:
+                    return await self._forward(request, report, asked, allowed)
+                answer = await self._listed(asked)
+            elif pin is not None:
+                _lead_back(answer, pin)
         except ClientError as error:
-            answer = self._refuse(report, route, error.status, error.message)
-            if request.content.exception() is not None:
-                # The rest of a body that could not be read cannot be told from a request.
-                answer.force_close()
+            answer = self._mistaken(request, report, route, error)
         except Refused as refused:
             assert route is not None
-            report.reason = refused.rejected.refusal.value
-            status, message = dialect.refusal(route, refused.model, refused.rejected)
-            answer = self._refuse(report, route, status, message)
+            answer = self._refused(report, route, refused)
         except UpstreamError as error:
             answer = self._refuse(report, route, retry.status(error.failure), str(error))
             report.ending = Ending.FAILED
@@ -108,7 +118,29 @@ class Gate:
         answer.headers.update(allowed or {})
         return answer
 
-    def _answer_here(
+    async def _forward(
+        self, request: Request, report: Report, asked: Asked, allowed: Mapping[str, str]
+    ) -> Answer:
+        """Answer what takes nodes; the headers of `allowed` are added to the answer."""
+        extra = "".join(f"{name}: {value}\r\n" for name, value in allowed.items()).encode()
+        if asked.route.kind is Kind.MANAGED:
+            return await self.manage.handle(request, report, asked, extra)
+        return await self.proxy.relay(request, report, asked, extra)
+
+    async def _listed(self, asked: Asked) -> web.StreamResponse:
+        if asked.route.path == "/api/ps":
+            await self.look(asked.scope)
+        return self.catalog.answer(asked)
+
+    def _scope(self, pin: str | None) -> Scope | None:
+        if pin is None:
+            return None
+        scope = self.proxy.pool.scope(pin)
+        if isinstance(scope, Rejected):
+            raise Refused(scope)
+        return scope
+
+    def _turned_away(
         self,
         request: Request,
         route: Route | None,
@@ -116,24 +148,22 @@ class Gate:
         query: str,
         allowed: Mapping[str, str] | None,
     ) -> web.StreamResponse | None:
-        """Refuse loops and foreign origins, then answer what needs no node; None for the rest."""
+        """Refuse loops, foreign origins, and what is no endpoint; None for the rest."""
         passed = request.headers.getall(VIA, None)
         if passed is not None and self.proxy.instance in ",".join(passed):
             message = "this request has passed this router before: a node's url leads back to it"
             raise ClientError(508, message)
-        if allowed is None:
+        if allowed is None or not self.guard.admits(request):
             return web.Response(status=403)
         if request.method == "OPTIONS" and "Origin" in request.headers:
             return web.Response(status=204, headers=self.settings.cors.preflight())
         if route is None:
-            return downstream.no_route(path, query, request.method)
+            return answers.no_route(path, query, request.method)
         if request.method not in route.methods:
-            return downstream.wrong_method(route)
-        if route.kind is _ROUTED:
-            return None
-        if route.kind is Kind.UNBUILT:
-            raise ClientError(501, f"ollamux does not serve {route.path} yet: ask a node itself")
-        return self.catalog.answer(route, path)
+            return answers.wrong_method(route)
+        if route.path in self.settings.barred:
+            raise ClientError(403, f"the configuration of ollamux does not allow {route.path}")
+        return None
 
     def _allowed(self, request: Request) -> Mapping[str, str] | None:
         """What an answer must say for the page that asks to read it; None if it may not ask."""
@@ -143,12 +173,31 @@ class Gate:
         # Not request.host: without the header, it asks the resolver for this machine's name.
         return self.settings.cors.check(origin, request.headers.get("Host", ""))
 
+    def _refused(self, report: Report, route: Route, refused: Refused) -> web.StreamResponse:
+        """Answer where no node could be asked."""
+        refusal = refused.rejected.refusal
+        if route.need is Need.ANY and refusal in (Refusal.NODES_DOWN, Refusal.ALL_TRIED):
+            return self._sign(self.catalog.fallback(route), report)
+        report.reason = refusal.value
+        status, message = dialect.refusal(route, refused.model, refused.rejected)
+        return self._refuse(report, route, status, message)
+
+    def _mistaken(
+        self, request: Request, report: Report, route: Route | None, error: ClientError
+    ) -> web.StreamResponse:
+        known = None if error.native else route
+        answer = self._refuse(report, known, error.status, error.message)
+        if error.last or request.content.exception() is not None:
+            # The rest of a body that could not be read cannot be told from a request.
+            answer.force_close()
+        return answer
+
     def _refuse(
         self, report: Report, route: Route | None, status: int, message: str
     ) -> web.StreamResponse:
         report.error = message
         family = Family.NATIVE if route is None else route.family
-        response = self._sign(downstream.error(family, status, message), report)
+        response = self._sign(answers.error(family, status, message), report)
         if status >= 500:
             report.ending = Ending.REJECTED
         return response
@@ -167,3 +216,15 @@ class Gate:
         if report.attempts:
             response.headers["X-Ollamux-Attempts"] = str(report.attempts)
         return response
+
+
+def _split(path: str) -> tuple[str, str]:
+    """(pin, rest) of `/@pin/rest`; a pin alone asks for the root."""
+    pin, _, rest = path[2:].partition("/")
+    return pin, "/" + rest
+
+
+def _lead_back(answer: web.StreamResponse, pin: str) -> None:
+    """A redirect stays behind the pin that it was asked for."""
+    if hdrs.LOCATION in answer.headers:
+        answer.headers[hdrs.LOCATION] = f"/@{quote(pin)}{answer.headers[hdrs.LOCATION]}"

@@ -8,6 +8,13 @@ HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 })  # fmt: skip
+# Not for a node: what is ours to frame, what made a browser or a proxy talk to us, and every
+# credential of the client, which a cloud-routed request would carry outward.
+_NOT_FORWARDED = HOP_BY_HOP | {
+    b"host", b"content-length", b"expect", b"accept-encoding", b"origin",
+    b"authorization", b"x-api-key", b"api-key", b"cookie",
+}  # fmt: skip
+_SECRET_ENDS = (b"-key", b"-token", b"authorization")
 _KNOWN_MAX = 2000
 _NAME_MAX_BYTES = 64
 
@@ -43,3 +50,6 @@ def named(connection: str) -> frozenset[bytes]:
         return frozenset()
     tokens = (token.strip().lower() for token in connection.split(","))
     return frozenset(token.encode("utf-8", "surrogateescape") for token in tokens) - HOP_BY_HOP
+
+
+TO_NODE = Passing(lambda name: name not in _NOT_FORWARDED and not name.endswith(_SECRET_ENDS))

@@ -1,5 +1,6 @@
 """Prometheus collectors, in a registry of our own."""
 
+import itertools
 import platform
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,9 +17,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from router import __version__
-from router.core.pool import NodeView
+from router.core.bounds import conflicts
+from router.core.types import NodeView
 from router.tally import SECONDS, Tally
 
+# A pool whose nodes agree on nothing shall not become as many series as it has models.
+_CONFLICTS_MAX = 100
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -102,6 +106,14 @@ class _Nodes(Collector):
         resident = GaugeMetricFamily(
             "ollamux_node_model_resident", "1 per model in memory.", labels=["node", "model"]
         )
+        conflict = GaugeMetricFamily(
+            "ollamux_model_digest_conflict",
+            "1 while nodes that are up have different models of this name.",
+            labels=["model"],
+        )
+        up_now = ((node.spec.name, node.present) for node in nodes if node.up and not node.leaving)
+        for key in itertools.islice(conflicts(up_now), _CONFLICTS_MAX):
+            conflict.add_metric([key], 1)
         for node in nodes:
             name = [node.spec.name]
             up.add_metric(name, node.up)
@@ -110,4 +122,4 @@ class _Nodes(Collector):
             present.add_metric(name, len(node.present))
             for key in node.resident:
                 resident.add_metric([node.spec.name, key], 1)
-        return [up, busy, slots, present, resident]
+        return [up, busy, slots, present, resident, conflict]

@@ -44,7 +44,8 @@ class Settings:
 
 @dataclass(slots=True)
 class Prober:
-    """Probes every node of the pool until cancelled. `on_flip` is told of changes of health."""
+    """Probes every node of the pool until cancelled. `on_flip` is told of changes of health,
+    `on_seen` of every look."""
 
     pool: Pool
     upstream: Upstream
@@ -53,6 +54,7 @@ class Prober:
     instance: str
     on_flip: Callable[[Flip], None]
     clock: Clock
+    on_seen: Callable[[], None] = lambda: None
     roll: Callable[[], float] = random.random
     looked: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -112,6 +114,7 @@ class Prober:
         flip = self.pool.observe(spec.url, seen, self.clock())
         if flip is not None:
             self.on_flip(flip)
+        self.on_seen()
         if self.pool.probed:
             self.looked.set()
         return {what for what, answer in answers.items() if not isinstance(answer, _Bad)}

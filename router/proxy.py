@@ -1,34 +1,30 @@
 """One request that a node is to answer: read, lease, attempt, answer."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from router import downstream, log
-from router.core import dialect, retry
-from router.core.dialect import VIA, Call, Route
+from router.core import bodies, dialect, packed, retry
+from router.core.dialect import Asked, Call, Route
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
 from router.core.retry import Verdict
-from router.core.types import Failure, Rejected
+from router.core.types import Failure, Need, Rejected
 from router.dispatch import Clock, Dispatch, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
 from router.exchange import Exchange
-from router.headers import HOP_BY_HOP, Header, Passing, named, without
+from router.fanout import Errand, Fanout
+from router.headers import TO_NODE, Header, named, without
 from router.log import Report
 from router.relay import Limits, Relay
 from router.upstream import Upstream, request_head
 
-# Not for a node: what is ours to frame, what made a browser or a proxy talk to us, and every
-# credential of the client, which a cloud-routed request would carry outward.
-_NOT_FORWARDED = HOP_BY_HOP | {
-    b"host", b"content-length", b"expect", b"accept-encoding", b"origin",
-    b"authorization", b"x-api-key", b"api-key", b"cookie",
-}  # fmt: skip
-
-_SECRET_ENDS = (b"-key", b"-token", b"authorization")
-_passing = Passing(lambda name: name not in _NOT_FORWARDED and not name.endswith(_SECRET_ENDS))
+_ENCODING = frozenset((b"content-encoding",))
+_PRIMARY = Need.PRIMARY  # a look-up in the module is a third of the price of one in the enum
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,32 +36,29 @@ class Settings:
     stalled_body_s: float
     first_byte_s: float
     between_s: float
+    exact_usage: bool
 
 
 @dataclass(slots=True)
 class Proxy:
-    """Relays requests. `instance` is this process's own id, by which a loop is known."""
+    """Relays requests: each to one node, but an unload to all that have the model in memory.
+    `instance` is this process's own id, by which a loop is known."""
 
     pool: Pool
     dispatch: Dispatch
     upstream: Upstream
+    fanout: Fanout
     settings: Settings
     instance: str
     clock: Clock
-    via: Header = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.via = (VIA.encode(), self.instance.encode())
-
-    async def relay(
-        self, request: Request, report: Report, route: Route, query: str, extra: bytes
-    ) -> Reply:
+    async def relay(self, request: Request, report: Report, asked: Asked, extra: bytes) -> Reply:
         """Answer with what a node says; `extra` header lines are added to it.
 
         Raises ClientError for the client's mistakes, Refused where no node may be asked, and
         UpstreamError where one was and gave no answer.
         """
-        settings = self.settings
+        settings, route = self.settings, asked.route
         body: bytes | bytearray | None
         body = downstream.body_at_hand(request, settings.max_body_bytes)
         reading_s = 0.0
@@ -73,13 +66,17 @@ class Proxy:
             before = self.clock()
             body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
             reading_s = self.clock() - before
-        if len(body) <= dialect.QUICK_BYTES:
-            call = dialect.parse(route, body)
-        else:
-            call = await asyncio.to_thread(dialect.parse, route, body)
-        target = self._target(call, report)
-        pieces = dialect.rename(body, call, target.sent)
-        passage = _Passage(self, request, report, call, target, query, extra, pieces, reading_s)
+        call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
+        target = self._target(asked, call, report)
+        pieces = dialect.rename(plain, call, target.sent)
+        if call.unloads and (holding := self.pool.holding(target)):
+            errand = Errand(request, report, asked, extra, asked.target, pieces)
+            return await self.fanout.tell(holding, errand)
+        unpacked = plain is not body and pieces != (plain,)
+        if plain is not body and not unpacked:
+            pieces = (body,)
+        passage = _Passage(self, request, report, call, asked, target, extra, pieces, reading_s)
+        passage.unpacked = unpacked
         while True:
             try:
                 return await passage.attempt()
@@ -91,22 +88,55 @@ class Proxy:
                 if retry.decide(error.failure) is not Verdict.ELSEWHERE:
                     raise told from error
             except Refused as refused:
-                if not call.model:  # any node would answer such a body with 400 or so
+                if (
+                    route.model_in and not call.model
+                ):  # any node would answer such a body with 400 or so
                     message = "no model can be read" if body else "missing request body"
                     raise ClientError(400, message) from None
                 refused.model = target.sent
                 raise
 
-    def _target(self, call: Call, report: Report) -> Target:
-        if not call.model:
-            return Target()
-        target = self.pool.resolve(call.model)
+    def _target(self, asked: Asked, call: Call, report: Report) -> Target:
+        need, since = asked.route.need, asked.route.since
+        target = (
+            self.pool.resolve(call.model, asked.scope, need, since)
+            if call.model
+            else self.pool.anyone(asked.scope, need, since)
+        )
         if isinstance(target, Rejected):
             raise Refused(target, call.model)
         if target.model is not None:
             report.model, report.sent = target.model.key, target.sent
             report.known = target.known
         return target
+
+
+async def _ask(
+    request: Request, route: Route, body: bytes | bytearray, *, exact_usage: bool
+) -> tuple[Call, bytes | bytearray]:
+    """What a request asks, and its body as it was before it was compressed. What may take a
+    while happens in a thread."""
+    encoding = request.headers.get("Content-Encoding")
+    quick = len(body) <= dialect.QUICK_BYTES
+    if quick and encoding is None and not route.form:
+        return dialect.parse(route, body, exact_usage=exact_usage), body
+    if encoding is not None and bodies.is_packed(route, encoding):
+        return await _unpack(route, body)
+    if route.form:
+        parse = partial(bodies.parse_form, content_type=request.headers.get("Content-Type", ""))
+    else:
+        parse = partial(dialect.parse, exact_usage=exact_usage)
+    return (parse(route, body) if quick else await asyncio.to_thread(parse, route, body)), body
+
+
+async def _unpack(route: Route, body: bytes | bytearray) -> tuple[Call, bytes | bytearray]:
+    try:
+        if len(body) <= dialect.QUICK_BYTES:
+            with contextlib.suppress(packed.TooLarge):
+                return bodies.unpack(route, body, dialect.QUICK_BYTES)
+        return await asyncio.to_thread(bodies.unpack, route, body)
+    except packed.Unpackable as error:
+        raise ClientError(400, str(error), native=True) from None
 
 
 @dataclass(slots=True)
@@ -117,11 +147,12 @@ class _Passage:
     request: Request
     report: Report
     call: Call
+    asked: Asked
     target: Target
-    query: str
     extra: bytes
     body: tuple[bytes | bytearray | memoryview, ...] = field(repr=False)
     reading_s: float
+    unpacked: bool = False  # the body was compressed, and goes on as it was before
     tried: dict[str, Failure] = field(default_factory=dict)
     relay: Relay | None = None
 
@@ -137,8 +168,9 @@ class _Passage:
                 exchange = await self._open(lease)
                 try:
                     self.relay = Relay(
-                        self.request, self.call.route, proxy.settings.relay, report, proxy.clock
-                    )
+                        self.request, self.call.route, proxy.settings.relay, report, proxy.clock,
+                        withholds=self.call.usage is not None,
+                    )  # fmt: skip
                     response = await self.relay.run(exchange, self._headers())
                 finally:
                     exchange.close()
@@ -149,17 +181,18 @@ class _Passage:
         return response
 
     async def _open(self, lease: Lease) -> Exchange:
-        """Send the request; over a fresh connection if a kept one proves to be stale."""
+        """Send the request; over a fresh connection if a kept one proves to be stale, and at
+        once over one where it changes something outside the node."""
         proxy, limits = self.proxy, self.proxy.settings
         head = request_head(
-            lease.node, self.request.method, self.call.route.path + self.query,
-            self._forwarded(), sum(map(len, self.body)), _passing,
+            lease.node, self.request.method, self.asked.target,
+            self._forwarded(), sum(map(len, self.body)), TO_NODE,
         )  # fmt: skip
         if self.report.overhead_s is None:
             self.report.overhead_s = proxy.clock() - self.report.started - self.reading_s
         try:
             return await proxy.upstream.open(
-                lease.node, head, self.body,
+                lease.node, head, self.body, fresh=self.asked.route.need is _PRIMARY,
                 first_byte_s=limits.first_byte_s, between_s=limits.between_s,
             )  # fmt: skip
         except UpstreamError as error:
@@ -176,7 +209,9 @@ class _Passage:
         connection = self.request.headers.getall("Connection", None)
         if connection is not None:
             headers = without(headers, named(",".join(connection)))
-        return (*headers, self.proxy.via)
+        if self.unpacked:
+            headers = without(headers, _ENCODING)
+        return (*headers, self.proxy.fanout.via)
 
     def _headers(self) -> bytes:
         """Header lines of our own. No part of them can hold a line end: names are checked."""

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from router.answers import new_request_id
 from router.core import dialect, usage
 from router.core.dialect import Framing, Route
 from router.core.types import Failure, FailureKind
-from router.downstream import Reply, Request, new_request_id
+from router.downstream import Reply, Request
 from router.exchange import Exchange
 from router.headers import HOP_BY_HOP, Header, Passing, named, without
 from router.log import Ending, Report
@@ -15,8 +16,9 @@ _NOT_RELAYED = HOP_BY_HOP | {b"server", b"content-length"}
 # Said by the router alone: two Access-Control-Allow-Origin are worse than none.
 _OURS = (b"x-ollamux-", b"access-control-")
 _passing = Passing(lambda name: name not in _NOT_RELAYED and not name.startswith(_OURS))
-_WHOLE, _SSE = Framing.WHOLE, Framing.SSE
+_WHOLE = Framing.WHOLE
 _FRAMINGS = {b"application/x-ndjson": Framing.NDJSON, b"text/event-stream": Framing.SSE}
+_NOWHERE = b"\0"  # JSON has none
 _SEAM_BYTES = 3  # an end of a record is four bytes at most
 _SEAM_PIECES = 3
 _RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
@@ -33,11 +35,14 @@ class Limits:
 
 class Relay:
     """One answer on its way. After a failure, `begun` says whether the client has seen any of
-    it: if not, it may be tried elsewhere; if so, `break_off` ends it honestly."""
+    it: if not, it may be tried elsewhere; if so, `break_off` ends it honestly.
+
+    `withholds`: the client did not ask for the event with token counts, and does not get it."""
 
     __slots__ = (
-        "_before", "_clock", "_framing", "_head", "_last", "_limits", "_reason", "_record_end",
-        "_reply", "_report", "_request", "_route", "_tail", "_tail_bytes", "_torn",
+        "_before", "_chunk", "_chunks", "_clock", "_framing", "_head", "_last", "_limits",
+        "_reason", "_record_end", "_reply", "_report", "_request", "_route", "_tail",
+        "_tail_bytes", "_told", "_torn", "_withholds",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +52,8 @@ class Relay:
         limits: Limits,
         report: Report,
         clock: Callable[[], float],
+        *,
+        withholds: bool = False,
     ) -> None:
         self._request = request
         self._route = route
@@ -60,6 +67,10 @@ class Relay:
         self._tail_bytes = 0
         self._last = b""
         self._before = b""
+        self._told = b""
+        self._chunk = route.chunk or _NOWHERE
+        self._chunks = 0
+        self._withholds = withholds
 
     @property
     def begun(self) -> bool:
@@ -78,10 +89,8 @@ class Relay:
                 return await self._hold(exchange, length)
             return await self._stream(exchange)
         finally:
-            seen = self._before + self._last
-            # The first event of an Anthropic stream holds an estimate, which nobody shall count.
-            if self._framing is not _SSE or self._route.final in seen:
-                report.usage = usage.read(seen)
+            told = usage.read(self._told or self._before + self._last)
+            report.usage = usage.counted(told, self._chunks)
 
     def _make(self, length: int | None) -> Reply:
         report = self._report
@@ -139,7 +148,18 @@ class Relay:
             data = self._cut(data)
             if not data:
                 return True
+        if self._withholds and usage.USAGE in data:
+            data = self._withhold(data)
+            if not data:
+                return True
+        self._chunks += data.count(self._chunk)
         return self._take(data)
+
+    def _withhold(self, data: bytes) -> bytes:
+        """What the client gets of it. There is one event of counts, so it is looked for once."""
+        data, self._told = usage.withhold(data)
+        self._withholds = not self._told
+        return data
 
     def _cut(self, data: bytes) -> bytes:
         """The whole records of what there is; the rest waits, unless it has grown too large.

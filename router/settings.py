@@ -5,16 +5,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from router.core.types import NodeSpec, Policy, PoolSpec, Tls, Topology
+from router.core.types import (
+    Digest,
+    NodeSpec,
+    Placement,
+    Policy,
+    PoolSpec,
+    Tls,
+    Topology,
+    Wish,
+)
 from router.values import (
     AT_LEAST_ONE,
     HEADER_KEYS,
     AddressText,
     CaBundle,
+    Candidates,
     Count,
     EntryName,
     Flag,
     Glob,
+    Globs,
     HeaderName,
     HeaderValue,
     Listen,
@@ -25,6 +36,7 @@ from router.values import (
     Share,
     Size,
     Slots,
+    Spread,
     Token,
     UrlText,
     Weight,
@@ -76,6 +88,12 @@ class NodeEntry(_Section):
         json_schema_extra=HEADER_KEYS,
     )
     tls: TlsEntry = Field(default_factory=TlsEntry, description="how an https node is checked")
+    primary: Flag = Field(
+        False, description="its identity at ollama.com stands for all: push, me, signout, user keys"
+    )
+    cloud: Flag = Field(
+        False, description="may be asked for cloud models and web search; none marked: all may"
+    )
 
     @property
     def spec(self) -> NodeSpec:
@@ -93,6 +111,8 @@ class NodeEntry(_Section):
             labels=self.labels,
             headers=tuple((k, v.get_secret_value()) for k, v in self.headers.items()),
             tls=Tls(self.tls.ca, self.tls.verify),
+            primary=self.primary,
+            cloud=self.cloud,
         )
 
 
@@ -140,6 +160,57 @@ class Routing(_Section):
 
     policy: Annotated[Policy, Field(strict=False)] = Field(
         Policy.LEAST_IN_FLIGHT, description="least in flight for its slots and weight"
+    )
+    digest: Annotated[Digest, Field(strict=False)] = Field(
+        Digest.ANY, description="which nodes may be asked where a name has several digests"
+    )
+
+
+class PlacementEntry(_Section):
+    """Where some models may live."""
+
+    models: Globs = Field(description="globs of model names")
+    nodes: tuple[EntryName, ...] = Field((), description="nodes by name")
+    labels: dict[str, str] = Field({}, description="nodes that have all of these labels")
+    pools: tuple[EntryName, ...] = Field((), description="all nodes of these pools")
+    wish: Annotated[Wish, Field(strict=False)] = Field(
+        Wish.REQUIRE, description="require: never elsewhere; prefer: elsewhere where these fail"
+    )
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.models, self.nodes, self.labels, self.pools, self.wish)
+
+
+class Verb(_Section):
+    """Whether clients may do something to the models on nodes."""
+
+    allow: Flag = Field(True, description="false answers 403")
+
+
+class SpreadVerb(Verb):
+    """A verb that brings models to nodes."""
+
+    to: Spread = Field("all", description="how many nodes get the model: all, one, or a number")
+
+
+class Manage(_Section):
+    """What clients may do to the models on nodes, and how many nodes it goes to."""
+
+    pull: SpreadVerb = Field(default_factory=SpreadVerb, description="fetch a model")
+    create: SpreadVerb = Field(default_factory=SpreadVerb, description="make a model, with blobs")
+    delete: Verb = Field(default_factory=Verb, description="on every node that has it")
+    copy_verb: Verb = Field(
+        default_factory=Verb, alias="copy", description="on every node that has it"
+    )
+    push: Verb = Field(default_factory=Verb, description="from the primary node")
+
+
+class MetricsEntry(_Section):
+    """What is measured."""
+
+    exact_usage: Flag = Field(
+        True, description="ask nodes for the token counts of OpenAI streams that carry none"
     )
 
 
@@ -224,7 +295,9 @@ class Config(_Section):
     pool_entries: Annotated[
         tuple[PoolEntry, ...], BeforeValidator(not_empty), Field(json_schema_extra=AT_LEAST_ONE)
     ] = Field((), alias="pools", description="tried in this order, instead of nodes")
-    aliases: dict[str, str] = Field({}, description="name: model, or model@node to pin it")
+    aliases: dict[str, Candidates] = Field(
+        {}, description="name: model, or model@node to pin it; a list: the first that can be had"
+    )
     probe: Probe = Field(
         default_factory=Probe, description="how nodes are asked whether they are well"
     )
@@ -237,6 +310,13 @@ class Config(_Section):
     )
     log: Log = Field(default_factory=Log, description="what is logged; prompts and keys never are")
     cors: Cors = Field(default_factory=Cors, description="which web pages may call from a browser")
+    placement: tuple[PlacementEntry, ...] = Field(
+        (), description="where models may live; without, wherever they are"
+    )
+    manage: Manage = Field(
+        default_factory=Manage, description="what clients may do to the models on nodes"
+    )
+    metrics: MetricsEntry = Field(default_factory=MetricsEntry, description="what is measured")
 
     @property
     def pools(self) -> tuple[PoolSpec, ...]:
@@ -252,7 +332,9 @@ class Config(_Section):
         return Topology(
             pools=self.pools,
             aliases=self.aliases,
+            placements=tuple(entry.placement for entry in self.placement),
             policy=self.routing.policy,
+            digest=self.routing.digest,
             up_after=self.probe.up_after,
             down_after=self.probe.down_after,
         )
@@ -274,4 +356,12 @@ MODELS: dict[str, type[BaseModel]] = {
     "limits": Limits,
     "log": Log,
     "cors": Cors,
+    "placement": PlacementEntry,
+    "manage": Manage,
+    "pull": SpreadVerb,
+    "create": SpreadVerb,
+    "delete": Verb,
+    "copy": Verb,
+    "push": Verb,
+    "metrics": MetricsEntry,
 }

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from router.core.usage import NOTHING
+from router.core.usage import NOTHING, Source
 from router.log import Ending, Report
 
 SECONDS = (
@@ -22,7 +22,8 @@ _FINE_SECONDS = (0.0001, 0.00025, 0.0005, *SECONDS)
 _WHERE = ("endpoint", "model", "node")
 # load_duration of a warm model is a few milliseconds; anything longer had to load.
 _COLD_LOAD_S = 0.1
-_OK = Ending.OK  # a look-up in the module is a third of the price of one in the enum
+# A look-up in the module is a third of the price of one in the enum.
+_OK, _NODE = Ending.OK, Source.NODE
 
 
 class Spread:
@@ -51,7 +52,7 @@ class Spread:
 class _Place:
     """The sums of one (endpoint, model, node)."""
 
-    __slots__ = ("completion", "duration", "endings", "prompt", "tpot", "ttft")
+    __slots__ = ("chunks", "completion", "duration", "endings", "prompt", "tpot", "ttft")
 
     def __init__(self) -> None:
         self.endings: Counter[Ending] = Counter()
@@ -60,6 +61,7 @@ class _Place:
         self.tpot = Spread()
         self.prompt = 0
         self.completion = 0
+        self.chunks = 0
 
     def count(self, report: Report, ended: float) -> None:
         ending = report.ending
@@ -72,8 +74,11 @@ class _Place:
         if usage is NOTHING:
             return
         self.prompt += usage.prompt_tokens or 0
-        self.completion += usage.completion_tokens or 0
-        pace = _pace(report, ended)
+        if usage.source is _NODE:
+            self.completion += usage.completion_tokens or 0
+        else:
+            self.chunks += usage.completion_tokens or 0
+        pace = _pace(report, ended) if ending is _OK else None
         if pace is not None:
             self.tpot.add(pace)
 
@@ -116,13 +121,14 @@ class Tally(Collector):
             for ending in Ending:
                 requests.add_metric([*where, ending.value], place.endings[ending])
         yield requests
-        prompt = _counter("prompt_tokens", "Prompt tokens, as counted by nodes.", *_WHERE)
+        prompt = _counter("prompt_tokens", "Prompt tokens, by who counted.", *_WHERE, "source")
         completion = _counter(
-            "completion_tokens", "Completion tokens, as counted by nodes.", *_WHERE
+            "completion_tokens", "Completion tokens, by who counted.", *_WHERE, "source"
         )
         for where, place in self._places.items():
-            prompt.add_metric(where, place.prompt)
-            completion.add_metric(where, place.completion)
+            prompt.add_metric([*where, _NODE.value], place.prompt)
+            completion.add_metric([*where, _NODE.value], place.completion)
+            completion.add_metric([*where, Source.CHUNKS.value], place.chunks)
         yield prompt
         yield completion
         retries = _counter("retries", "Attempts after the first.", "endpoint")

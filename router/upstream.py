@@ -16,6 +16,7 @@ from router.errors import UpstreamError
 from router.exchange import Exchange
 from router.headers import HOP_BY_HOP, Header, Passing, without
 from router.sweep import Sweep
+from router.upload import CHUNKED, Upload
 from router.wire import Body, Connection
 
 __all__ = ["Exchange", "Upstream", "request_head"]
@@ -38,12 +39,14 @@ def request_head(
 
     Of `headers`, those that belong to the client's connection are left out (`passing` may leave
     out more), and a header of the node's own takes the place of its namesakes. `body_length` is
-    None for a request without a body. Raises ValueError, without the offending text, for a value
-    that could end its line.
+    None for a request without a body, CHUNKED for one of unknown length. Raises ValueError,
+    without the offending text, for a value that could end its line.
     """
     line = _known_line if "?" not in target else _line
     lines = [line(method, node.prefix, target), b"Host: " + node.authority.encode()]
-    if body_length is not None:
+    if body_length == CHUNKED:
+        lines.append(b"Transfer-Encoding: chunked")
+    elif body_length is not None:
         lines.append(b"Content-Length: %d" % body_length)
     if node.headers:
         own = {name.lower().encode(): f"{name}: {value}".encode() for name, value in node.headers}
@@ -168,7 +171,7 @@ class Upstream:
         self,
         node: NodeSpec,
         head: bytes,
-        body: Body = b"",
+        body: Body | Upload = b"",
         *,
         fresh: bool = False,
         no_body: bool = False,
@@ -181,7 +184,8 @@ class Upstream:
         a new connection. `no_body`: the response to a HEAD. `first_byte_s`: how long the head of
         the response may take once connected; `between_s`: how long the node may then be silent.
         The caller closes the exchange. Raises `UpstreamError`; cancelled, it cuts the connection.
-        A `body` that can change must not, until the exchange is closed.
+        A `body` that can change must not, until the exchange is closed; an Upload is sent as it
+        comes, and what its source raises cuts the connection.
         """
         idle = self._idle_of(node)
         conn = None if fresh else idle.take()

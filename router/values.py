@@ -118,6 +118,21 @@ def _slots(value: object) -> object:
     return value
 
 
+def _candidates(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        if not value or not all(isinstance(one, str) for one in value):
+            raise ValueError("a list of at least one model name is expected")
+        return value
+    return as_text(value)
+
+
+def _spread(value: object) -> object:
+    value = 1 if value == "one" else yamlfile.typed(value)
+    if value != "all" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("all, one, or a number of nodes is expected")
+    return value
+
+
 AddressText = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^:\s\[\]]+):[0-9]{1,5}$")]
 UrlText = Annotated[
     str, Field(pattern=r"^([Hh][Tt][Tt][Pp][Ss]?://)?[^/?#@\s]+(/([^/?#\s][^?#\s]*)?)?$")
@@ -154,6 +169,17 @@ Glob = Annotated[
     str,
     _like(_GLOB, "a glob of model names, with ! in front to exclude,"),
     WithJsonSchema({"type": "string", "pattern": _GLOB}),
+]
+Globs = Annotated[
+    tuple[Glob, ...], BeforeValidator(not_empty), Field(json_schema_extra={"minItems": 1})
+]
+_Models = Annotated[tuple[str, ...], Field(min_length=1)]
+Candidates = Annotated[
+    str | tuple[str, ...], PlainValidator(_candidates, json_schema_input_type=str | _Models)
+]
+Spread = Annotated[
+    int | Literal["all"],
+    BeforeValidator(_spread, json_schema_input_type=_Positive | Literal["all", "one"]),
 ]
 Origin = Annotated[
     str,

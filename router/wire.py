@@ -15,6 +15,7 @@ from httptools import HttpParserError, HttpResponseParser
 
 from router.core.types import Failure, FailureKind
 from router.errors import UpstreamError
+from router.upload import Upload
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Body: TypeAlias = Bytes | Sequence[Bytes]
@@ -63,10 +64,10 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_buffered", "_chunked", "_feed", "_full", "_high_water", "_keep", "_limit_s", "_loop",
-        "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused", "_sent", "_sink", "_time",
-        "_transport", "_waiter", "_whole", "born", "due", "failure", "headers", "on_body",
-        "pieces", "reason", "state", "status",
+        "_alarm", "_buffered", "_chunked", "_feed", "_full", "_high_water", "_keep", "_limit_s",
+        "_loop", "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused", "_sent", "_sink",
+        "_time", "_transport", "_unseen", "_waiter", "_whole", "born", "due", "failure", "headers",
+        "on_body", "pieces", "reason", "state", "status",
     )  # fmt: skip
 
     _transport: asyncio.Transport
@@ -87,6 +88,7 @@ class Connection(asyncio.Protocol):
         self._lost = lost
         self._parser: Any = None
         self._waiter: asyncio.Future[None] | None = None
+        self._alarm: asyncio.Timeout | None = None  # set while a body is sent as it comes
         self._sink: Sink | None = None
         self._reused = False
         self._paused = False  # we asked the transport not to read
@@ -114,19 +116,22 @@ class Connection(asyncio.Protocol):
 
     # The owner's side
 
-    async def request(self, head: bytes, body: Body, *, no_body: bool) -> None:
+    async def request(self, head: bytes, body: Body | Upload, *, no_body: bool) -> None:
         """Send a request; return when the head of its response is there, be it early or not.
 
         `no_body`: the response has none, whatever its headers say (the request was a HEAD).
         """
         self._begin(no_body=no_body)
-        parts = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
         self._sent = True
-        if sum(map(len, parts)) <= _JOIN_BYTES:
-            self._transport.write(b"".join((head, *parts)))
-            self._whole = True
+        if isinstance(body, Upload):
+            await self._upload(head, body)
         else:
-            await self._send(head, parts)
+            parts = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
+            if sum(map(len, parts)) <= _JOIN_BYTES:
+                self._transport.write(b"".join((head, *parts)))
+                self._whole = True
+            else:
+                await self._send(head, parts)
         while self.state is _HEAD:
             await self.wait()
         if not self.status:
@@ -201,7 +206,8 @@ class Connection(asyncio.Protocol):
         """Cut off what has been silent for too long; says when to ask again."""
         if self.state is not _HEAD and self.state is not _BODY:
             return inf
-        if self._paused:  # it is us who do not read
+        if self._paused or (self._alarm is not None and not self._full):
+            # It is us who do not read, or have nothing to send.
             self.due = now + self._limit_s
         if self.due > now:
             return self.due
@@ -227,6 +233,7 @@ class Connection(asyncio.Protocol):
         self._whole = False  # all of it
         self._quiet = 0  # bytes since the request began, or since the last piece of its body
         self._buffered = 0
+        self._unseen = 0  # bytes of the request since the last look at what the node says
         if self.state is not _IDLE:  # a node that hangs up as soon as it is called
             self.failure = self._failed(FailureKind.RESET, "connection closed before the request")
             raise self.error()
@@ -238,16 +245,39 @@ class Connection(asyncio.Protocol):
 
     async def _send(self, head: bytes, parts: Sequence[Bytes]) -> None:
         self._transport.write(head)
-        unseen = 0
         for piece in _slices(parts):
-            self._transport.write(piece)
-            unseen += len(piece)
-            if self._full or unseen >= _SLICE_BYTES:
-                unseen = 0
-                await self._drain()
-            if self.state is not _HEAD:  # an early answer: the rest need not go
+            if not await self._put(piece):
                 return
         self._whole = True
+
+    async def _upload(self, head: bytes, body: Upload) -> None:
+        """Send what comes until it ends, or until the node has answered or gone: that wakes even
+        from a wait for the next piece, by a time limit that passes at that moment."""
+        self._transport.write(head)
+        try:
+            async with asyncio.timeout(None) as self._alarm:
+                async for piece in body:
+                    if not await self._put(piece):
+                        return
+        except TimeoutError:
+            if self.state is _HEAD:  # not ours
+                raise
+            return
+        finally:
+            self._alarm = None
+        self._whole = True
+
+    async def _put(self, piece: Bytes) -> bool:
+        """Write when there is room; says whether the node wants more, or has answered early."""
+        if self.state is not _HEAD:
+            return False
+        self._transport.write(piece)
+        self.due = self._time() + self._limit_s
+        self._unseen += len(piece)
+        if self._full or self._unseen >= _SLICE_BYTES:
+            self._unseen = 0
+            await self._drain()
+        return self.state is _HEAD
 
     async def _drain(self) -> None:
         """Wait until there is room to write.
@@ -275,11 +305,16 @@ class Connection(asyncio.Protocol):
             self._feed(data)
         except HttpParserError as error:
             self._refuse(error)
-        if self.state is _BODY:
-            self.due = self._time() + self._limit_s
-        if self.pieces:
+        self.due = self._time() + self._limit_s if self.state is _BODY else self.due
+        pieces = self.pieces
+        if pieces:
             if self._sink is not None:
-                self._pour_out(self._sink)
+                self._quiet = 0
+                if self._sink(pieces.pop() if len(pieces) == 1 else self.take()):
+                    if self.state is not _BODY:
+                        self._wake()
+                else:
+                    self._hold_back()
                 return
             self._buffered += self._quiet
             self._quiet = 0
@@ -290,15 +325,12 @@ class Connection(asyncio.Protocol):
             self._end(FailureKind.GARBAGE, "head, chunk extensions or trailers over 256 KiB")
         self._wake()
 
-    def _pour_out(self, sink: Sink) -> None:
-        self._quiet = 0
-        if not sink(self.take()):
-            if self.state is _BODY and not self._paused:
-                self._paused = True
-                self._transport.pause_reading()
-            self._wake()
-        elif self.state is not _BODY:
-            self._wake()
+    def _hold_back(self) -> None:
+        """The sink is full: read no more until it is not."""
+        if self.state is _BODY and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
 
     def eof_received(self) -> None:
         if self.state is _BODY and not self._framed():
@@ -382,6 +414,9 @@ class Connection(asyncio.Protocol):
         return Failure(kind, self._sent, self._reused, received, detail)
 
     def _wake(self) -> None:
+        if self._alarm is not None and self.state is not _HEAD:
+            self._alarm.reschedule(self._time())
+            self._alarm = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._waiter = None

@@ -22,9 +22,9 @@ ITSELF = "the router itself listens there and would call itself"
 LEVELS = "accepted: 'debug', 'info', 'warning' or 'error'"
 ROOT_KEYS = (
     "accepted: listen, admin, trusted, nodes, pools, aliases, probe, routing, timeouts, limits, "
-    "log, cors"
+    "log, cors, placement, manage, metrics"
 )
-NODE_KEYS = "accepted: name, url, slots, weight, models, labels, headers, tls"
+NODE_KEYS = "accepted: name, url, slots, weight, models, labels, headers, tls, primary, cloud"
 
 
 def read(text: str, env: Mapping[str, str] = ENV) -> Config:

@@ -244,7 +244,12 @@ class Talk:
 
     async def post(self, path: str, body: bytes, *headers: str, version: str = "1.1") -> None:
         """Send one POST with its length."""
-        lines = (f"POST {path} HTTP/{version}", "Host: x", f"Content-Length: {len(body)}", *headers)
+        lines = (
+            f"POST {path} HTTP/{version}",
+            "Host: localhost",
+            f"Content-Length: {len(body)}",
+            *headers,
+        )
         await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
     async def head(self) -> tuple[str, int, Sequence[tuple[str, str]]]:

@@ -93,7 +93,9 @@ async def test_status_shows_nodes_models_and_configuration() -> None:
         async with r.session.get(f"{r.admin}/status") as answer:
             assert answer.headers["Content-Type"] == "application/json"
             shown = json.loads(await answer.read())
-        assert list(shown) == ["version", "draining", "in_flight", "config", "nodes", "models"]
+        assert list(shown) == [
+            "version", "draining", "in_flight", "config", "nodes", "models", "digest_conflicts"
+        ]  # fmt: skip
         assert (shown["version"], shown["draining"], shown["in_flight"]) == (__version__, False, 0)
         config = shown["config"]
         assert list(config) == ["generation", "source", "taken_at", "last_reload"]
@@ -111,6 +113,7 @@ async def test_status_shows_nodes_models_and_configuration() -> None:
             MODEL: {"nodes": ["n1", "n2"], "resident": []},
             "other:latest": {"nodes": ["n1"], "resident": ["n1"]},
         }
+        assert shown["digest_conflicts"] == []
 
 
 async def test_loopback_may_reload_without_a_token() -> None:
@@ -156,7 +159,9 @@ async def test_a_configured_token_is_needed_for_what_changes(listen: str) -> Non
             assert await admin.reload(wrong) == (401, told)
         assert await admin.reload(TOKEN, "Basic") == (401, told)
         async with talk(admin.url) as line:
-            no_text = b"POST /reload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\r\n\r\n"
+            no_text = (
+                b"POST /reload HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\r\n\r\n"
+            )
             await line.send(no_text)
             assert (await line.answer()).status == 401
         assert admin.reloads == 0
@@ -205,9 +210,9 @@ async def test_head_is_answered_without_a_body() -> None:
     "head",
     [
         b"hush-hush\r\n\r\n",
-        b"GET /status HTTP/1.1\r\nHost: x\r\nhush-hush\r\n\r\n",
-        b"GET /status HTTP/1.1\r\nHost: x\r\nA: " + b"h" * 100_000 + b"\r\n\r\n",
-        b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: hush-hush\r\n\r\n",
+        b"GET /status HTTP/1.1\r\nHost: localhost\r\nhush-hush\r\n\r\n",
+        b"GET /status HTTP/1.1\r\nHost: localhost\r\nA: " + b"h" * 100_000 + b"\r\n\r\n",
+        b"POST /reload HTTP/1.1\r\nHost: localhost\r\nContent-Length: hush-hush\r\n\r\n",
     ],
     ids=["line", "header", "size", "length"],
 )

@@ -124,7 +124,7 @@ async def test_lists_are_made_anew_only_when_something_has_changed() -> None:
     [
         ("LLAMA3:8b", 200, None),
         ("llama3%3A8b", 200, None),
-        ("llama3", 404, "model 'llama3' not found"),
+        ("llama3", 404, "model 'llama3:latest' not found"),
         ("bad%20name", 400, "invalid model name"),
     ],
 )

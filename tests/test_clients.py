@@ -1,10 +1,11 @@
-"""The official clients of Ollama and OpenAI, unmodified, pointed at the router."""
+"""The official clients, unmodified: what the router adds to one Ollama reaches them."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anthropic
 import ollama
 import openai
 import pytest
@@ -131,11 +132,12 @@ async def test_ollama_raises_when_a_node_dies_in_mid_stream() -> None:
         assert len(parts) == 3
 
 
-async def test_ollama_is_told_that_pulling_is_not_built() -> None:
-    async with pool() as (_, client, _):
-        with pytest.raises(ollama.ResponseError) as raised:
-            await client.pull(MODEL)
-        assert raised.value.status_code == 501
+async def test_ollama_pulls_to_every_node_and_is_told_of_one_success() -> None:
+    async with pool() as (r, client, _):
+        told = [part.status async for part in await client.pull("qwen2.5:0.5b", stream=True)]
+        assert (told.count("success"), told[-1]) == (1, "success")
+        assert [len(node.calls("/api/pull")) for node in r.nodes] == [1, 1]
+        assert "qwen2.5:0.5b" in [entry.model for entry in (await client.list()).models]
 
 
 # ollama, synchronous
@@ -260,3 +262,38 @@ async def test_openai_raises_when_a_node_dies_in_mid_stream() -> None:
         with pytest.raises(openai.APIError, match=r"^node n[12]: "):
             await collect(stream, chunks)
         assert len(chunks) == 3
+
+
+# a node in the address
+
+
+async def test_every_client_reaches_the_node_that_its_address_names() -> None:
+    async with (
+        rig(*specs()) as r,
+        ollama.AsyncClient(host=f"{r.url}/@n2") as native,
+        openai.AsyncOpenAI(base_url=f"{r.url}/@n2/v1", api_key="unused") as foreign,
+        anthropic.AsyncAnthropic(base_url=f"{r.url}/@n2", api_key="unused") as other,
+    ):
+        for _ in range(3):
+            await native.chat(MODEL, ASKED)
+            await foreign.chat.completions.create(model=MODEL, messages=ASKED)
+            await other.messages.create(model=MODEL, messages=ASKED, max_tokens=9)
+        paths = ("/api/chat", "/v1/chat/completions", "/v1/messages")
+        assert [len(r.nodes[0].calls(path)) for path in paths] == [0, 0, 0]
+        assert [len(r.nodes[1].calls(path)) for path in paths] == [3, 3, 3]
+        listed = await native.list()
+        assert sorted(entry.model or "" for entry in listed.models) == [MODEL, f"{EMBED}:latest"]
+    async with rig(*specs()) as r, ollama.AsyncClient(host=f"{r.url}/@n1") as native:
+        assert [entry.model for entry in (await native.list()).models] == [MODEL]
+
+
+async def test_the_ollama_client_takes_a_node_from_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig(*specs()) as r:
+        monkeypatch.setenv("OLLAMA_HOST", f"{r.url}/@n1")
+        async with ollama.AsyncClient() as client:
+            await client.chat(MODEL, ASKED)
+            await client.pull("qwen2.5:0.5b")
+        assert len(r.nodes[0].calls("/api/chat")) == len(r.nodes[0].calls("/api/pull")) == 1
+        assert not r.nodes[1].calls("/api/chat") + r.nodes[1].calls("/api/pull")

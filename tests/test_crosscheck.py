@@ -129,3 +129,53 @@ def test_an_alias_may_pin_a_node_by_name_or_address(pin: str) -> None:
 )
 def test_what_only_looks_like_a_mistake_is_accepted(text: str) -> None:
     assert read(text).pools[0].name == "default"
+
+
+NAMED = "nodes: [{url: a, name: x}, b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "{models: [m], nodes: [x, y]}",
+            ["2:38: placement[0].nodes[1]: no such node is configured"],
+        ),
+        ("{models: [m], pools: [p]}", ["2:35: placement[0].pools[0]: no such pool is configured"]),
+        ("{models: [m]}", ["2:13: placement[0]: say where: nodes, labels or pools"]),
+        (
+            "{models: [m], nodes: [], labels: {}, pools: []}",
+            ["2:13: placement[0]: say where: nodes, labels or pools"],
+        ),
+    ],
+)
+def test_a_placement_says_where_and_that_exists(text: str, expected: list[str]) -> None:
+    assert mistakes(f"{NAMED}placement: [{text}]") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{models: [m], nodes: [X, 'b:11434'], pools: [Default]}", "{models: [m], labels: {gpu: h}}"],
+)
+def test_a_placement_names_nodes_and_pools_in_any_case(text: str) -> None:
+    (placement,) = read(f"{NAMED}placement: [{text}]").topology.placements
+    assert placement.models == ("m",)
+
+
+def test_a_placement_may_name_a_pool_of_the_list() -> None:
+    pools = "pools: [{name: front, nodes: [a]}]\n"
+    wrong = "2:35: placement[0].pools[0]: no such pool is configured"
+    assert read(f"{pools}placement: [{{models: [m], pools: [FRONT]}}]").topology.placements
+    assert mistakes(f"{pools}placement: [{{models: [m], pools: [default]}}]") == [wrong]
+
+
+def test_a_placement_is_not_blamed_for_a_node_that_cannot_be_read() -> None:
+    text = "nodes: [{url: 'ftp://a'}, b]\nplacement: [{models: [m], nodes: [y]}]"
+    assert [mistake for mistake in mistakes(text) if "placement" in mistake] == []
+
+
+def test_only_one_node_is_primary() -> None:
+    assert read("nodes: [{url: a, primary: true}, {url: b, primary: false}]").nodes[0].primary
+    assert mistakes("nodes: [{url: a, primary: true}, b, {url: c, primary: true}]") == [
+        "1:55: nodes[2].primary: nodes[0] is primary already: only one can be"
+    ]

@@ -49,7 +49,7 @@ async def unreachable(url: str) -> None:
 
 async def ask(kept: Talk) -> Answer:
     """A request on a connection that stays open."""
-    await kept.send(b"GET /api/version HTTP/1.1\r\nHost: router\r\n\r\n")
+    await kept.send(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")
     return await kept.answer()
 
 
@@ -307,7 +307,7 @@ async def test_a_client_that_is_slow_to_read_gets_the_whole_answer_while_drainin
             loop = asyncio.get_running_loop()
             await loop.sock_connect(sock, (host, int(port)))
             asked = b'{"model":"llama3:8b","prompt":"x"}'
-            head = f"POST /api/embeddings HTTP/1.1\r\nHost: r\r\nContent-Length: {len(asked)}\r\n"
+            head = f"POST /api/embeddings HTTP/1.1\r\nHost: ::1\r\nContent-Length: {len(asked)}\r\n"
             await loop.sock_sendall(sock, f"{head}\r\n".encode() + asked)
             with contextlib.closing(sock):
                 await node.until(lambda: bool(node.calls("/api/embeddings")))

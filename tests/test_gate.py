@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from router.core import dialect
-from router.core.dialect import VIA, Family, Kind
+from router.core.dialect import VIA, Family
 from router.sim import Fault, FaultKind
 from tests.rig import MODEL, Rig, model, parsed, rig, spec, talk
 
@@ -60,7 +59,7 @@ async def test_a_path_that_is_no_endpoint(
     method: str, path: str, status: int, location: str | None
 ) -> None:
     async with rig() as r, talk(r.url) as client:
-        await client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await client.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         answer = await client.answer(bodiless=method == "HEAD")
         assert answer.status == status
         assert answer.header("Location") == location
@@ -93,20 +92,6 @@ async def test_a_wrong_method_is_told_the_right_ones(method: str, path: str, all
         assert await answer.read() == (b"" if method == "HEAD" else b"405 method not allowed")
 
 
-UNBUILT = [route for route in dialect.ROUTES if route.kind is Kind.UNBUILT]
-
-
-@pytest.mark.parametrize("route", UNBUILT, ids=lambda route: route.path)
-async def test_what_is_not_built_says_so_in_the_callers_dialect(route: dialect.Route) -> None:
-    path = route.path.replace(":digest", "sha256:ab").replace(":key", "k")
-    async with rig() as r:
-        async with r.session.request(route.methods[-1], r.url + path, data=b"x" * 99) as answer:
-            assert answer.status == 501
-            text = message(route.family, await answer.read())
-        assert text == f"ollamux does not serve {route.path} yet: ask a node itself"
-        assert not r.nodes[0].calls(path)
-
-
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/", "/api/version", "/api/tags"])
 async def test_head_is_answered_as_get_without_a_body(method: str, path: str) -> None:
@@ -127,12 +112,12 @@ async def test_the_root_answers_without_any_node() -> None:
 @pytest.mark.parametrize(
     "sent",
     [
-        b"GET /v1/models/bad%20name HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /api/chat HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n\r\n{broken",
-        b'POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{"model":"a b"}',
-        b"POST /api/pull HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
-        b"GET /nope HTTP/1.1\r\nHost: x\r\nOrigin: http://evil.org\r\n\r\n",
+        b"GET /v1/models/bad%20name HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /api/chat HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 7\r\n\r\n{broken",
+        b'POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 14\r\n\r\n{"model":"a b"}',
+        b"POST /api/pull HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello",
+        b"GET /nope HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.org\r\n\r\n",
     ],
 )
 async def test_a_clients_mistake_costs_neither_its_connection_nor_an_error_in_the_log(
@@ -202,7 +187,7 @@ async def test_two_routers_that_lead_to_each_other_notice_it() -> None:
         ("GET", "/nope", None, 404),
         ("GET", "/api/chat", None, 405),
         ("GET", "/api/tags/", None, 301),
-        ("POST", "/api/pull", b"{}", 501),
+        ("POST", "/api/pull", b"{}", 400),
         ("POST", "/api/chat", b'{"model":"nope"}', 404),
         ("POST", "/api/chat", b'{"model":"a b"}', 400),
         ("POST", "/api/chat", b'{"model":"llama3:8b","messages":[]}', 200),
@@ -281,7 +266,7 @@ async def test_each_request_has_one_line_with_every_field() -> None:
         ("GET", "/nope", None, ("other", "", 404, "client_error", 0)),
         ("GET", "/v1/models/llama3:8b", None, ("/v1/models/:model", "", 200, "ok", 0)),
         ("GET", "/api/chat", None, ("/api/chat", "", 405, "client_error", 0)),
-        ("POST", "/api/pull", b"{}", ("/api/pull", "", 501, "rejected", 0)),
+        ("POST", "/api/pull", b"{}", ("/api/pull", "", 400, "client_error", 0)),
         ("POST", "/api/chat", b'{"model":"nope"}', ("/api/chat", "nope:latest", 404,
          "client_error", 0)),
         ("POST", "/api/chat", b'{"model":"cold"}', ("/api/chat", "cold:latest", 503,

@@ -18,7 +18,7 @@ from router.sim import Fault, FaultKind
 from tests.rig import MODEL, Peer, rig, scripted, spec, talk
 
 CHAT = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
-HEAD = b"POST /api/chat HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n"
 
 
 # Clients
@@ -37,7 +37,7 @@ async def test_who_leaves_behind_many_pipelined_requests_is_seen_to_leave() -> N
         async with talk(r.url) as client:
             await client.send(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(CHAT), CHAT))
             await r.nodes[0].until(lambda: r.nodes[0].held == 1)
-            await client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+            await client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
             await r.nodes[0].until(lambda: r.nodes[0].in_flight == 0)
         await r.until(lambda: r.app.pool.in_flight == 0)
 
@@ -45,8 +45,8 @@ async def test_who_leaves_behind_many_pipelined_requests_is_seen_to_leave() -> N
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
-        (b"GET / HTTP/0.9\r\nHost: x\r\n\r\n", 505),
+        (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
+        (b"GET / HTTP/0.9\r\nHost: localhost\r\n\r\n", 505),
         (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
     ],
 )

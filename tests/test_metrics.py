@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router import __version__
-from router.core.usage import Usage
+from router.core.usage import Source, Usage
 from router.log import Ending, Report
 from router.metrics import Metrics
 from router.sim import Fault, FaultKind
@@ -56,8 +56,8 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_time_per_output_token_seconds": ("histogram", WHERE),
     "ollamux_model_load_seconds": ("histogram", {"model", "node"}),
     "ollamux_router_overhead_seconds": ("histogram", set()),
-    "ollamux_prompt_tokens": ("counter", WHERE),
-    "ollamux_completion_tokens": ("counter", WHERE),
+    "ollamux_prompt_tokens": ("counter", WHERE | {"source"}),
+    "ollamux_completion_tokens": ("counter", WHERE | {"source"}),
     "ollamux_retries": ("counter", {"endpoint"}),
     "ollamux_decisions": ("counter", {"reason"}),
     "ollamux_node_up": ("gauge", {"node"}),
@@ -65,6 +65,7 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_node_slots": ("gauge", {"node"}),
     "ollamux_node_models_present": ("gauge", {"node"}),
     "ollamux_node_model_resident": ("gauge", {"node", "model"}),
+    "ollamux_model_digest_conflict": ("gauge", {"model"}),
     "ollamux_node_probe_duration_seconds": ("histogram", {"node", "probe"}),
     "ollamux_node_probe_failures": ("counter", {"node", "probe"}),
     "ollamux_config_generation": ("gauge", set()),
@@ -76,7 +77,8 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
 
 
 async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
-    async with rig(spec(model(load_s=0.15))) as r:
+    odd = (model("odd", digest=letter * 64) for letter in "ab")
+    async with rig(spec(model(load_s=0.15), next(odd)), spec(next(odd))) as r:
         r.app.metrics.reloads.labels("ok").inc()
         await r.nodes[0].refuse()
         await chat(r)
@@ -95,6 +97,14 @@ async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
             if not family.name.endswith("_created")
         }
         assert families == FAMILIES
+
+
+async def test_a_pool_that_agrees_on_nothing_has_a_bounded_number_of_series() -> None:
+    first, second = (
+        spec(*(model(f"m{number}", digest=letter * 64) for number in range(101))) for letter in "ab"
+    )
+    async with rig(first, second) as r:
+        assert total(await scrape(r), "ollamux_model_digest_conflict") == 100
 
 
 async def test_histograms_reach_from_a_millisecond_to_ten_minutes() -> None:
@@ -121,9 +131,11 @@ async def test_a_request_is_counted_where_it_went() -> None:
         for name in ("request_duration", "time_to_first_token", "time_per_output_token"):
             assert value(samples, f"ollamux_{name}_seconds_count", **where) == 1
         assert value(samples, "ollamux_router_overhead_seconds_count") == 1
-        assert value(samples, "ollamux_prompt_tokens_total", **where) == 7
+        assert value(samples, "ollamux_prompt_tokens_total", **where, source="node") == 7
         tokens = r.requests[0]["completion_tokens"]
-        assert value(samples, "ollamux_completion_tokens_total", **where) == tokens
+        name = "ollamux_completion_tokens_total"
+        assert value(samples, name, **where, source="node") == tokens
+        assert value(samples, name, **where, source="chunks") == 0
         assert value(samples, "ollamux_decisions_total", reason="only-node") == 1
         assert total(samples, "ollamux_model_load_seconds_count") == 0, "it took no time"
 
@@ -270,6 +282,9 @@ async def test_a_client_that_left_is_counted_as_such() -> None:
 # Without a router
 
 
+CHUNKS = Usage(completion_tokens=5, source=Source.CHUNKS)
+
+
 def counted(*reports: Report, ended: float) -> Samples:
     metrics = Metrics(list)
     for report in reports:
@@ -288,6 +303,8 @@ def report(**fields: Any) -> Report:
     [
         ({"streamed": True, "first_at": 12.0, "usage": Usage(1, 5)}, 2.0),
         ({"streamed": True, "first_at": 12.0, "usage": Usage(1, 1)}, None),
+        ({"streamed": True, "first_at": 12.0, "usage": CHUNKS}, 2.0),
+        ({"streamed": True, "first_at": 12.0, "usage": CHUNKS, "ending": Ending.BROKEN}, None),
         ({"first_at": 20.0, "usage": Usage(1, 5, None, 15.0)}, 3.0),
         ({"first_at": 20.0, "usage": Usage(1, 5)}, None),
         ({"first_at": 20.0, "usage": Usage(1, None, None, 15.0)}, None),
@@ -301,6 +318,17 @@ def test_the_time_per_token_is_measured_or_told_by_the_node(
     name = "ollamux_time_per_output_token_seconds"
     assert total(samples, f"{name}_sum") == (seconds or 0.0)
     assert total(samples, f"{name}_count") == (seconds is not None)
+
+
+def test_what_nodes_and_what_the_router_counted_stay_apart() -> None:
+    broken = report(usage=CHUNKS, ending=Ending.BROKEN)
+    samples = counted(report(usage=Usage(3, 4)), report(usage=CHUNKS), broken, ended=20.0)
+    where = {"endpoint": "/api/chat", "model": MODEL, "node": "n1"}
+    for name, source, tokens in (
+        ("prompt", "node", 3), ("completion", "node", 4), ("completion", "chunks", 10),
+    ):  # fmt: skip
+        assert value(samples, f"ollamux_{name}_tokens_total", **where, source=source) == tokens
+    assert total(samples, "ollamux_prompt_tokens_total", source="chunks") == 0
 
 
 @pytest.mark.parametrize(("load_s", "cold"), [(None, 0), (0.005, 0), (0.1, 1), (7.5, 1)])

@@ -18,7 +18,11 @@ from router.sim import Fault, FaultKind, SimNode
 from tests.rig import MODEL, Peer, Rig, model, parsed, rig, scripted, spec, talk
 
 HELLO: Mapping[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
-ROUTED = [route for route in dialect.ROUTES if route.kind is Kind.ROUTED]
+ROUTED = [
+    route
+    for route in dialect.ROUTES
+    if route.kind is Kind.ROUTED and route.methods == ("POST",) and not route.form
+]
 FAMILIES = ("/api/chat", "/v1/chat/completions", "/v1/messages")
 
 
@@ -317,7 +321,7 @@ async def test_a_request_without_a_node_is_told_why(
         ("/api/generate", 404, "model 'Nope' not found"),
         ("/api/embed", 404, 'model "Nope" not found, try pulling it first'),
         ("/api/embeddings", 404, 'model "Nope" not found, try pulling it first'),
-        ("/api/show", 404, "model 'nope:latest' not found"),
+        ("/api/show", 404, "model 'Nope:latest' not found"),
         ("/v1/completions", 404, "model 'Nope' not found"),
         ("/v1/responses", 404, "model 'Nope' not found"),
     ],

@@ -1,6 +1,7 @@
 """A response on its way to the client: every byte, whole records only, honest endings."""
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import ollama
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from router.core.types import Failure, FailureKind
 from router.errors import UpstreamError
@@ -530,7 +533,7 @@ async def test_a_slow_client_slows_the_node_and_is_not_blamed_on_it() -> None:
 USAGE: Sequence[tuple[str, str, Sequence[bytes], tuple[int | None, int | None]]] = [
     ("/api/chat", NDJSON, [*LINES, LAST], (7, 3)),
     ("/api/chat", "application/json", [LAST], (7, 3)),
-    ("/api/chat", NDJSON, LINES, (None, None)),
+    ("/api/chat", NDJSON, LINES, (None, 3)),
     ("/api/embed", "application/json", [b'{"embeddings":[],"prompt_eval_count":9}'], (9, None)),
     ("/api/embeddings", "application/json", [b'{"embedding":[0.5]}'], (None, None)),
     ("/v1/embeddings", "application/json",
@@ -573,6 +576,164 @@ async def test_tokens_are_read_from_a_final_record_only(
         await r.until(lambda: r.requests != [])
         (line,) = r.requests
         assert (line["prompt_tokens"], line["completion_tokens"]) == usage
+
+
+HALVES: Mapping[str, tuple[list[bytes], int]] = {
+    "/api/chat": (LINES, 3),
+    "/api/generate": ([b'{"response":"x","done":false}\n'] * 2 + [b"\n"], 2),
+    "/v1/chat/completions": (
+        [b'data: {"choices":[{"delta":{"content":"\\"x\\""},"finish_reason":null}]}\n\n'] * 3
+        + [b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'], 3,
+    ),
+    "/v1/completions": (
+        [(b'data: {"choices":[{"text":"x","finish_reason":null}],'
+          b'"usage":{"prompt_tokens":0,"completion_tokens":0}}\n\n')] * 2, 2,
+    ),
+    "/v1/messages": (
+        [b'event: message_start\ndata: {"message":{"usage":{"input_tokens":9}}}\n\n',
+         b'event: content_block_start\ndata: {}\n\n',
+         b'event: content_block_delta\ndata: {"a":"event: content_block_delta"}\n\n',
+         b'event: content_block_delta\ndata: {}\n\n'], 2,
+    ),
+    "/v1/responses": (
+        [b'event: response.created\ndata: {"response":{"usage":null}}\n\n',
+         b'event: response.output_text.delta\ndata: {"delta":".delta"}\n\n'], 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("die", [False, True], ids=["ends", "dies"])
+@pytest.mark.parametrize("path", HALVES)
+async def test_without_a_final_record_the_chunks_of_an_answer_are_counted(
+    path: str, *, die: bool
+) -> None:
+    kind, _, _ = SURFACES[path]
+    records, chunks = HALVES[path]
+    end = () if die else (END,)
+    joined = b"".join(records[1:])  # several in one piece count as much as each by itself
+    said = (head(kind), chunk(records[0]), chunk(joined), *end)
+    async with front(says(*said, die=die)) as (r, client):
+        await ask(client, path)
+        await r.until(lambda: r.requests != [])
+        (line,) = r.requests
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (None, chunks)
+        assert line["tokens_from"] == "chunks"
+
+
+# A record that only the router asked for
+
+STREAM = json.dumps({"model": MODEL, "stream": True}).encode()
+TOLD = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def events(*said: str) -> list[bytes]:
+    """What a node streams of a chat, up to the record of counts."""
+    parts: list[Any] = [{"delta": {"content": one}, "finish_reason": None} for one in said]
+    parts.append({"delta": {}, "finish_reason": "stop"})
+    return [b"data: " + json.dumps({"choices": [part]}).encode() + b"\n\n" for part in parts]
+
+
+SHOWN = events('"usage"', '{"choices":[],"usage":{}}', "data: [DONE]\n\n")
+TEXT = b"".join((*SHOWN, TOLD, DONE))
+
+
+def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
+    """`data` in pieces that begin at these places."""
+    marks = [0, *sorted(place % len(data) for place in places), len(data)]
+    pieces = [data[start:end] for start, end in itertools.pairwise(marks)]
+    return [piece for piece in pieces if piece]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [*SHOWN, TOLD, DONE],
+        [*SHOWN[:-1], SHOWN[-1] + TOLD + DONE],
+        [*SHOWN[:-1], SHOWN[-1] + TOLD, DONE],
+        [*SHOWN, TOLD + DONE],
+        [*SHOWN, TOLD[:20], TOLD[20:-1], TOLD[-1:] + DONE],
+        [SHOWN[0] + TOLD, *SHOWN[1:], DONE],
+        [TOLD, *SHOWN, DONE],
+        [*SHOWN, TOLD.replace(b"\n", b"\r\n"), DONE],
+        [*(TEXT[at : at + 1] for at in range(len(TEXT)))],
+        [TEXT],
+    ],
+)
+async def test_counts_that_nobody_asked_for_are_read_and_withheld(pieces: list[bytes]) -> None:
+    async with front(says(head(SSE), *map(chunk, pieces), END)) as (r, client):
+        await client.post("/v1/chat/completions", STREAM)
+        answer = await client.answer()
+        assert (answer.body, answer.whole) == (b"".join((*SHOWN, DONE)), True)
+        await r.until(lambda: r.requests != [])
+        (line,) = r.requests
+        assert (line["prompt_tokens"], line["completion_tokens"], line["outcome"]) == (7, 3, "ok")
+        assert "tokens_from" not in line
+
+
+@given(st.lists(st.lists(st.integers(0, 10_000), max_size=12), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None)
+def test_any_cut_of_a_stream_shows_every_byte_but_those(cuts: list[list[int]]) -> None:
+    async def relay() -> None:
+        waiting = iter(cuts)
+
+        async def act(peer: Peer) -> None:
+            await peer.say(head(SSE), *map(chunk, cut(TEXT, next(waiting))), END)
+
+        async with front(act) as (r, client):
+            for number in range(1, len(cuts) + 1):
+                await client.post("/v1/chat/completions", STREAM)
+                assert (await client.answer()).body == b"".join((*SHOWN, DONE))
+                await r.until(lambda number=number: len(r.requests) == number)  # type: ignore[misc]
+                assert r.requests[-1]["completion_tokens"] == 3
+
+    asyncio.run(relay())
+
+
+async def test_only_one_record_is_withheld() -> None:
+    async with front(says(head(SSE), *map(chunk, (TOLD, TOLD, DONE)), END)) as (_, client):
+        await client.post("/v1/chat/completions", STREAM)
+        assert (await client.answer()).body == TOLD + DONE
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sections"),
+    [
+        ("/v1/chat/completions", {"stream_options": {"include_usage": True}}, {}),
+        ("/v1/chat/completions", {}, {"metrics": {"exact_usage": False}}),
+        ("/v1/completions", {}, {}),
+    ],
+    ids=["asked by the client", "asked by nobody", "another endpoint"],
+)
+async def test_counts_that_the_router_did_not_ask_for_are_passed_on(
+    path: str, body: Mapping[str, Any], sections: Mapping[str, Any]
+) -> None:
+    async with front(says(head(SSE), chunk(TEXT), END), **sections) as (r, client):
+        sent = json.dumps({"model": MODEL, "stream": True, **body}).encode()
+        await client.post(path, sent)
+        assert (await client.answer()).body == TEXT
+        await r.until(lambda: r.requests != [])
+        assert r.requests[0]["completion_tokens"] == 3
+
+
+async def test_a_death_after_the_counts_breaks_a_stream_that_is_counted_by_the_node() -> None:
+    async with front(says(head(SSE), *map(chunk, (*SHOWN, TOLD)), die=True)) as (r, client):
+        await client.post("/v1/chat/completions", STREAM)
+        answer = await client.answer()
+        shown = b"".join(SHOWN)
+        assert answer.body.startswith(shown)
+        assert error_of("/v1/chat/completions", answer.body.removeprefix(shown))
+        await r.until(lambda: r.requests != [])
+        (line,) = r.requests
+        assert (line["completion_tokens"], line["outcome"]) == (3, "broken")
+        assert "tokens_from" not in line
+
+
+async def test_nothing_but_counts_is_an_empty_stream() -> None:
+    async with front(says(head(SSE), chunk(TOLD), END)) as (_, client):
+        await client.post("/v1/chat/completions", STREAM)
+        answer = await client.answer()
+        assert (answer.status, answer.body, answer.whole) == (200, b"", True)
 
 
 def test_an_error_of_a_node_says_what_may_be_told() -> None:

@@ -149,11 +149,13 @@ def test_the_example_is_valid_and_fronts_a_local_ollama() -> None:
 
 def test_the_example_shows_every_section_with_its_defaults() -> None:
     kept = re.sub(
-        r"(?m)^# (listen: \[|admin: \{|trusted: \[1|pools|aliases).*\n(#   .*\n)*", "", example()
+        r"(?m)^# (listen: \[|admin: \{|trusted: \[1|pools|aliases|placement).*\n(#   .*\n)*",
+        "",
+        example(),
     )
     plain = re.sub(r"(?m)^# ((?:[a-z]+:|  [a-z_]+:|    -)(?: .*)?)$", r"\1", kept)
     shown = yaml.safe_load(plain)
-    assert set(shown) == set(schema()["properties"]) - {"pools", "aliases"}
+    assert set(shown) == set(schema()["properties"]) - {"pools", "aliases", "placement"}
     for key in ("probe", "routing", "timeouts", "limits", "log", "cors"):
         rule = schema()["$defs"][key.capitalize()]
         assert shown[key] == {k: v["default"] for k, v in rule["properties"].items()}

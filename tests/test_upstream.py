@@ -18,6 +18,8 @@ import uvloop
 
 from router.core.types import Failure, FailureKind, NodeSpec, Tls
 from router.errors import UpstreamError
+from router.upload import CHUNKED as UNKNOWN
+from router.upload import Upload
 from router.upstream import Exchange, Upstream, request_head
 
 GET = b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"
@@ -526,6 +528,240 @@ async def test_cancelling_at_any_step_leaks_nothing(nodes: Nodes, upstream: Upst
         with contextlib.suppress(asyncio.CancelledError):
             assert await task == b"hello"
     assert await call(upstream, node) == b"hello"
+
+
+# Bodies that are sent as they come
+
+
+async def parts(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+async def slices(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 100_000):
+        yield body[start : start + 100_000]
+
+
+class Tap:
+    """A source that gives what it has, and then waits until somebody gives up."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = list(pieces)
+        self.dry = asyncio.Event()
+
+    def __aiter__(self) -> "Tap":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self.pieces:
+            return self.pieces.pop(0)
+        self.dry.set()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+
+def send(upstream: Upstream, node: Node, source: Any, length: int, **how: Any) -> Any:
+    head = request_head(node.spec, "POST", "/", [], length)
+    return upstream.open(node.spec, head, Upload(source, length), **how)
+
+
+@pytest.mark.parametrize("pieces", [[], [b""], [b"abc"], [b"a", b"", b"bc"]])
+async def test_a_body_of_known_length_goes_piece_by_piece(
+    nodes: Nodes, upstream: Upstream, pieces: list[bytes]
+) -> None:
+    body = b"".join(pieces)
+    seen: list[tuple[bytes, bytes]] = []
+
+    async def script(peer: Peer) -> None:
+        while True:
+            seen.append(await peer.request())
+            await peer.say(HELLO)
+
+    node = await nodes.start(script)
+    for _ in range(2):
+        assert await whole(await send(upstream, node, parts(*pieces), len(body))) == b"hello"
+    assert [got for _, got in seen] == [body] * 2
+    assert b"Content-Length: %d\r\n" % len(body) in seen[0][0]
+    assert node.accepted == 1
+
+
+async def test_a_body_of_unknown_length_goes_in_chunks(nodes: Nodes, upstream: Upstream) -> None:
+    async def script(peer: Peer) -> None:
+        head = await peer.reader.readuntil(b"\r\n\r\n")
+        assert b"Transfer-Encoding: chunked\r\n" in head
+        assert b"Content-Length" not in head
+        wire = await peer.reader.readuntil(b"\r\n0\r\n\r\n")
+        assert wire == b"3\r\nabc\r\na\r\n0123456789\r\n0\r\n\r\n"
+        await peer.say(HELLO)
+        await peer.gone()
+
+    node = await nodes.start(script)
+    source = parts(b"abc", b"", b"0123456789")
+    assert await whole(await send(upstream, node, source, UNKNOWN)) == b"hello"
+    assert repr(upstream) == "<Upstream 1 open, 1 idle>"
+
+
+async def test_a_node_that_does_not_read_stops_the_source(nodes: Nodes, upstream: Upstream) -> None:
+    body = random.Random(2).randbytes(BIG)
+    go, seen = asyncio.Event(), bytearray()
+    given = 0
+
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await go.wait()
+        seen.extend(await peer.reader.readexactly(BIG))
+        await peer.say(HELLO)
+        await peer.gone()
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal given
+        async for piece in slices(body):
+            given += len(piece)
+            yield piece
+
+    node = await nodes.start(script)
+    async with asyncio.TaskGroup() as group:
+        opened = group.create_task(send(upstream, node, source(), BIG))
+        before = -1
+        while before != given or not given:
+            before = given
+            for _ in range(20):
+                await asyncio.sleep(0)
+        assert given < BIG
+        go.set()
+    assert await whole(opened.result()) == b"hello"
+    assert seen == body
+
+
+async def test_an_early_answer_ends_a_wait_for_the_next_piece(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.reader.readexactly(3)
+        await peer.say(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\nbad")
+        await peer.gone()
+
+    node = await nodes.start(script)
+    exchange = await send(upstream, node, Tap(b"abc"), 10)
+    assert exchange.status == 400
+    assert await whole(exchange) == b"bad"
+    assert repr(upstream).endswith("0 idle>")
+
+
+async def test_a_node_that_dies_ends_a_wait_for_the_next_piece(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        peer.reset()
+
+    node = await nodes.start(script)
+    told = await failure(send(upstream, node, Tap(b"abc"), 10))
+    assert (told.kind, told.sent) == (FailureKind.RESET, True)
+
+
+async def test_an_early_answer_stops_a_body_that_keeps_coming(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.say(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        await peer.gone()
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(1000)
+
+    node = await nodes.start(script)
+    exchange = await send(upstream, node, endless(), UNKNOWN)
+    assert exchange.status == 413
+    assert await whole(exchange) == b"big"
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, TimeoutError])
+async def test_what_a_source_raises_comes_out_and_cuts_the_connection(
+    nodes: Nodes, upstream: Upstream, error: type[Exception]
+) -> None:
+    told = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.gone()
+        told.set()
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"abc"
+        raise error
+
+    node = await nodes.start(script)
+    with pytest.raises(error):
+        await send(upstream, node, broken(), 10)
+    await told.wait()
+
+
+@pytest.mark.parametrize("pieces", [[b"abc"], [b"abc", b"0123456789"]])
+async def test_a_body_of_another_length_than_announced_cuts_the_connection(
+    nodes: Nodes, upstream: Upstream, pieces: list[bytes]
+) -> None:
+    seen: list[bytes] = []
+    told = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        seen.append(await peer.reader.read())
+        told.set()
+
+    node = await nodes.start(script)
+    with pytest.raises(ValueError, match="its length"):
+        await send(upstream, node, parts(*pieces), 10)
+    await told.wait()
+    assert len(seen[0]) <= 3
+
+
+async def test_cancelling_an_upload_tells_the_node(nodes: Nodes, upstream: Upstream) -> None:
+    told = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.gone()
+        told.set()
+
+    node = await nodes.start(script)
+    tap = Tap(b"abc")
+    await cancelled(send(upstream, node, tap, 10), started=tap.dry.wait())
+    await told.wait()
+
+
+async def test_a_node_is_not_silent_while_it_has_nothing_to_answer(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    late = asyncio.Event()
+
+    async def source() -> AsyncIterator[bytes]:
+        yield b"ab"
+        asyncio.get_running_loop().call_later(0.2, late.set)
+        await late.wait()
+        yield b"c"
+
+    node = await nodes.start(saying(HELLO))
+    exchange = await send(upstream, node, source(), 3, first_byte_s=0.05)
+    assert await whole(exchange) == b"hello"
+
+
+async def test_a_node_that_does_not_read_has_a_limit_too(nodes: Nodes, upstream: Upstream) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await asyncio.get_running_loop().create_future()
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(100_000)
+
+    node = await nodes.start(script)
+    told = await failure(send(upstream, node, endless(), UNKNOWN, first_byte_s=0.05))
+    assert told.kind is FailureKind.FIRST_BYTE_TIMEOUT
 
 
 # Connecting

@@ -7,11 +7,12 @@ import enum
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import msgspec
 
-from router.core import names, peek
-from router.core.types import NodeSpec, Refusal, Rejected
+from router.core import edits, names, peek, unload
+from router.core.types import Need, NodeSpec, Refusal, Rejected, Scope
 
 # Which routers a request has passed, so that one that comes back is known.
 VIA = "X-Ollamux-Via"
@@ -22,7 +23,7 @@ class Kind(enum.Enum):
 
     ROUTED = "routed"  # one node
     LOCAL = "local"  # the router, from what the pool knows
-    UNBUILT = "unbuilt"  # nobody yet: 501
+    MANAGED = "managed"  # all nodes that a change of a model concerns
 
 
 class Family(enum.Enum):
@@ -49,7 +50,12 @@ class Route:
     `model_in`: the body's fields that may hold the model, first filled one wins. `streams`:
     the default of `stream`, None where the endpoint never streams. `missing`: the text of 404.
     `final` tells the last record of a complete stream: the field that is true in it, or how a
-    line of it begins.
+    line of it begins. `chunk`: what each record that carries a part of the
+    answer holds once. `asks_usage`: a stream tells token counts only where `stream_options` ask
+    for them. `need`: what it needs of a node beside the model; `since`: the version of
+    Ollama that first had it, none where the router answers or every version in use has it.
+    `form`: its body is a multipart form. `content`: the field without which it only loads, or
+    unloads.
     """
 
     path: str
@@ -60,50 +66,73 @@ class Route:
     streams: bool | None = None
     missing: str = "model '{name}' not found"
     final: bytes = b""
+    need: Need = Need.NONE
+    since: tuple[int, ...] = ()
+    chunk: bytes = b""
+    asks_usage: bool = False
+    form: bool = False
+    content: str = ""
 
 
+_AS_SHOWN = "model '{key}' not found"
 _TRY_PULLING = 'model "{name}" not found, try pulling it first'
 _GET, _HEAD_GET, _POST, _DELETE = ("GET",), ("GET", "HEAD"), ("POST",), ("DELETE",)
-_R, _L, _U = Kind.ROUTED, Kind.LOCAL, Kind.UNBUILT
+_R, _L, _G = Kind.ROUTED, Kind.LOCAL, Kind.MANAGED
 _OPENAI, _ANTHROPIC = Family.OPENAI, Family.ANTHROPIC
 _M, _MN = ("model",), ("model", "name")
 _DONE, _OPENAI_END = b"done", b"data: [DONE]"
 _COMPLETED, _STOPPED = b"event: response.completed", b"event: message_stop"
+_GOING_ON, _UNFINISHED = b'"done":false', b'"finish_reason":null'
+_ITEM_DELTA, _BLOCK_DELTA = b".delta\n", b"event: content_block_delta\n"
 _N = Family.NATIVE
+_PRIMARY, _CLOUD, _ANY = Need.PRIMARY, Need.CLOUD, Need.ANY
 
 ROUTES: tuple[Route, ...] = (
-    Route("/api/chat", _POST, _R, model_in=_M, streams=True, final=_DONE),
-    Route("/api/generate", _POST, _R, model_in=_M, streams=True, final=_DONE),
-    Route("/api/embed", _POST, _R, model_in=_M, missing=_TRY_PULLING),
+    Route("/api/chat", _POST, _R, model_in=_M, streams=True, final=_DONE, chunk=_GOING_ON,
+          content="messages"),
+    Route("/api/generate", _POST, _R, model_in=_M, streams=True, final=_DONE, chunk=_GOING_ON,
+          content="prompt"),
+    Route("/api/embed", _POST, _R, model_in=_M, missing=_TRY_PULLING, since=(0, 2, 6),
+          content="input"),
     Route("/api/embeddings", _POST, _R, model_in=_M, missing=_TRY_PULLING),
-    Route("/api/show", _POST, _R, model_in=_MN, missing="model '{key}' not found"),
+    Route("/api/show", _POST, _R, model_in=_MN, missing=_AS_SHOWN),
     Route(
-        "/v1/chat/completions", _POST, _R, _OPENAI, _M, streams=False, final=_OPENAI_END
+        "/v1/chat/completions", _POST, _R, _OPENAI, _M, streams=False, final=_OPENAI_END,
+        chunk=_UNFINISHED, asks_usage=True,
     ),
-    Route("/v1/completions", _POST, _R, _OPENAI, _M, streams=False, final=_OPENAI_END),
+    Route(
+        "/v1/completions", _POST, _R, _OPENAI, _M, streams=False, final=_OPENAI_END,
+        chunk=_UNFINISHED,
+    ),
     Route("/v1/embeddings", _POST, _R, _OPENAI, _M, missing=_TRY_PULLING),
-    Route("/v1/responses", _POST, _R, _OPENAI, _M, streams=False, final=_COMPLETED),
-    Route("/v1/messages", _POST, _R, _ANTHROPIC, _M, streams=False, final=_STOPPED),
+    Route(
+        "/v1/responses", _POST, _R, _OPENAI, _M, streams=False, final=_COMPLETED, since=(0, 13, 3),
+        chunk=_ITEM_DELTA,
+    ),
+    Route(
+        "/v1/messages", _POST, _R, _ANTHROPIC, _M, streams=False, final=_STOPPED, since=(0, 14, 0),
+        chunk=_BLOCK_DELTA,
+    ),
     Route("/", _HEAD_GET, _L),
     Route("/api/version", _HEAD_GET, _L),
     Route("/api/tags", _HEAD_GET, _L),
     Route("/api/ps", _GET, _L),
     Route("/v1/models", _GET, _L, _OPENAI),
-    Route("/v1/models/:model", _GET, _L, _OPENAI),
-    Route("/v1/audio/transcriptions", _POST, _U, _OPENAI),
-    Route("/api/pull", _POST, _U),
-    Route("/api/push", _POST, _U),
-    Route("/api/create", _POST, _U),
-    Route("/api/copy", _POST, _U),
-    Route("/api/delete", _DELETE, _U),
-    Route("/api/blobs/:digest", ("HEAD", "POST"), _U),
-    Route("/api/me", _POST, _U),
-    Route("/api/signout", _POST, _U),
-    Route("/api/user/keys/:key", _DELETE, _U),
-    Route("/api/status", _GET, _U),
-    Route("/api/experimental/web_search", _POST, _U),
-    Route("/api/experimental/web_fetch", _POST, _U),
-    Route("/api/experimental/model-recommendations", _GET, _U),
+    Route("/v1/models/:model", _GET, _L, _OPENAI, missing=_AS_SHOWN),
+    Route("/v1/audio/transcriptions", _POST, _R, _OPENAI, _M, since=(0, 20, 0), form=True),
+    Route("/api/pull", _POST, _G, model_in=_MN, streams=True),
+    Route("/api/push", _POST, _R, model_in=_MN, streams=True, need=_PRIMARY),
+    Route("/api/create", _POST, _G, model_in=_MN, streams=True),
+    Route("/api/copy", _POST, _G, model_in=("source",), missing='model "{name}" not found'),
+    Route("/api/delete", _DELETE, _G, model_in=_MN),
+    Route("/api/blobs/:digest", ("HEAD", "POST"), _G),
+    Route("/api/me", _POST, _R, need=_PRIMARY, since=(0, 12, 0)),
+    Route("/api/signout", _POST, _R, need=_PRIMARY, since=(0, 12, 0)),
+    Route("/api/user/keys/:key", _DELETE, _R, need=_PRIMARY),
+    Route("/api/status", _GET, _R, need=_ANY, since=(0, 16, 2)),
+    Route("/api/experimental/web_search", _POST, _R, need=_CLOUD, since=(0, 18, 0)),
+    Route("/api/experimental/web_fetch", _POST, _R, need=_CLOUD, since=(0, 18, 0)),
+    Route("/api/experimental/model-recommendations", _GET, _R, need=_ANY, since=(0, 22, 1)),
 )  # fmt: skip
 
 _EXACT = {route.path: route for route in ROUTES if ":" not in route.path}
@@ -119,20 +148,45 @@ def find(path: str) -> Route | None:
     return _WITH_LAST.get(head) if last else None
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """What the first line of a request asks for: `path` is decoded and without its pin, `query`
+    has its question mark."""
+
+    route: Route
+    path: str
+    query: str = ""
+    scope: Scope | None = None
+
+    @property
+    def target(self) -> str:
+        """What a node is to be asked for."""
+        path = self.route.path
+        return (path if path == self.path else quote(self.path, safe="/:")) + self.query
+
+
 class Call(msgspec.Struct, frozen=True):
     """What the client asked. `model` is empty where the body names none that can be read.
-    `streams`: the answer may be a stream."""
+    `streams`: the answer may be a stream. `usage`: the edit that makes it tell token counts
+    which the client did not ask for. `span`: where a form has the model, which is no JSON.
+    `unloads`: it does nothing but free the memory that the model takes."""
 
     route: Route
     model: str = ""
     streams: bool = False
+    usage: edits.Splice | None = None
+    span: peek.Span | None = None
+    unloads: bool = False
 
 
-_ROUTING = frozenset(("model", "name", "stream"))
+_BLANKS = b" \t\r\n"
+_ROUTING = frozenset((
+    "from", "model", "name", "source", "stream", "stream_options", "keep_alive", "messages",
+    "prompt", "input",
+))  # fmt: skip
 # What most bodies hold; any other key is looked at more closely.
 _USUAL = _ROUTING | {
-    "messages", "prompt", "input", "options", "tools", "format", "keep_alive", "think", "system",
-    "max_tokens", "temperature", "top_p", "stop", "seed", "stream_options", "tool_choice",
+    "options", "tools", "format", "think", "system", "max_tokens", "temperature", "top_p", "stop",
+    "seed", "tool_choice",
 }  # fmt: skip
 _MAX_KEYS, _MAX_KEY = 1000, 1000
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -141,16 +195,19 @@ _flag = msgspec.json.Decoder(bool | None).decode
 QUICK_BYTES = 256 * 1024
 
 
-def parse(route: Route, body: bytes | bytearray) -> Call:
+def parse(route: Route, body: bytes | bytearray, *, exact_usage: bool = False) -> Call:
     """Peek at a body. One that cannot be read gives a Call without a model, never an error:
     a node's own answer to it is the right one.
 
+    `exact_usage`: a stream that would tell no token counts shall be asked to.
+
     Above QUICK_BYTES it may take a while: not in the event loop."""
-    call = _parse_quickly(route, body) if len(body) <= QUICK_BYTES else None
-    return _parse_exactly(route, body) if call is None else call
+    asks = exact_usage and route.asks_usage
+    call = _parse_quickly(route, body, asks=asks) if len(body) <= QUICK_BYTES else None
+    return _parse_exactly(route, body, asks=asks) if call is None else call
 
 
-def _parse_quickly(route: Route, body: bytes | bytearray) -> Call | None:
+def _parse_quickly(route: Route, body: bytes | bytearray, *, asks: bool = False) -> Call | None:
     """What the exact way would say, or None where it has to be asked."""
     try:
         fields = _fields(body)
@@ -169,7 +226,19 @@ def _parse_quickly(route: Route, body: bytes | bytearray) -> Call | None:
                 stream = asked
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
-    return Call(route, model or "", bool(stream))
+    usage = _asking(body, fields) if asks and stream else None
+    unloads = (
+        "keep_alive" in fields
+        and bool(route.content)
+        and unload.asked(bytes(fields["keep_alive"]), bytes(fields.get(route.content, b"")))
+    )
+    return Call(route, model or "", bool(stream), usage, None, unloads)
+
+
+def _asking(body: bytes | bytearray, fields: Mapping[str, object]) -> edits.Splice | None:
+    if "stream_options" in fields:
+        return edits.ask_usage(body)
+    return edits.added(len(body.rstrip(_BLANKS)[:-1].rstrip(_BLANKS)))
 
 
 def _plain(fields: Mapping[str, object]) -> bool:
@@ -180,13 +249,23 @@ def _plain(fields: Mapping[str, object]) -> bool:
     )
 
 
-def _parse_exactly(route: Route, body: bytes | bytearray) -> Call:
+def _parse_exactly(route: Route, body: bytes | bytearray, *, asks: bool = False) -> Call:
     try:
         fields = peek.top_level(body)
     except peek.Unreadable:
         return Call(route, streams=bool(route.streams))
     model, _ = _model(route, body, fields)
-    return Call(route, model, _streams(route, body, fields))
+    streams = _streams(route, body, fields)
+    usage = edits.ask_usage(body) if asks and streams else None
+    unloads = bool(route.content) and unload.asked(
+        _raw(body, fields, "keep_alive"), _raw(body, fields, route.content)
+    )
+    return Call(route, model, streams, usage, None, unloads)
+
+
+def _raw(body: bytes | bytearray, fields: Mapping[str, peek.Span], field: str) -> bytes:
+    start, end = fields.get(field, (0, 0))
+    return bytes(body[start : min(end, start + unload.LOOKED_AT_BYTES)])
 
 
 def _model(
@@ -216,36 +295,59 @@ def _streams(route: Route, body: bytes | bytearray, fields: Mapping[str, peek.Sp
 def rename(
     body: bytes | bytearray, call: Call, sent: str
 ) -> tuple[bytes | bytearray | memoryview, ...]:
-    """The body with the model's name replaced: pieces to be written one after the other."""
-    if not call.model or call.model.strip() == sent:
-        return (body,)
-    _, span = _model(call.route, body, peek.top_level(body))
-    assert span is not None  # the call's model was read from this body
-    view = memoryview(body)
-    return view[: span[0]], json.dumps(sent).encode(), view[span[1] :]
+    """The body with the model's name replaced, and `call.usage` made: pieces to be written one
+    after the other."""
+    splices = [] if call.usage is None else [call.usage]
+    if call.model and call.model.strip() != sent and call.span is not None:
+        splices.append(edits.Splice(*call.span, sent.encode()))
+    elif call.model and call.model.strip() != sent:
+        _, span = _model(call.route, body, peek.top_level(body))
+        assert span is not None  # the call's model was read from this body
+        splices.append(edits.Splice(*span, json.dumps(sent).encode()))
+    return edits.spliced(body, splices) if splices else (body,)
+
+
+_REFUSALS: Mapping[Refusal, tuple[int, str]] = {
+    Refusal.BAD_NAME: (400, "invalid model name"),
+    Refusal.UNKNOWN_PIN: (400, "no such node; the nodes are: {listed}"),
+    Refusal.AMBIGUOUS_PIN: (400, "several nodes have that address, pin one by its name: {nodes}"),
+    Refusal.PIN_DOWN: (503, "cannot connect to Ollama server at {url}"),
+    Refusal.NOT_ON_PIN: (404, "model '{model}' not found on {url}"),
+    Refusal.NO_MODEL: (404, "{missing}"),
+    Refusal.NODES_DOWN: (503, "no node is up for {what}: {nodes}"),
+    Refusal.ALL_TRIED: (503, "cannot connect to any node that has {what}: {nodes}"),
+    Refusal.OUT_OF_SCOPE: (400, "the path leaves out the node that the model's name pins: {nodes}"),
+    Refusal.NOT_PLACED: (400, "no node may have {what}: placement or models bar it from {nodes}"),
+    Refusal.UNMARKED: (400, "{unmarked} {nodes}"),
+    Refusal.TOO_OLD: (501, "{path} needs Ollama {since}: {versions}"),
+}
+_NO_PRIMARY = "no node is marked primary: set it on one of"
+_NO_CLOUD = "no node may be asked for the cloud: it is not set on"
 
 
 def refusal(route: Route, model: str, rejected: Rejected) -> tuple[int, str]:
     """(status, text) for a request that gets no node; `model` without its pin."""
-    nodes = ", ".join(node.name for node in rejected.nodes)
-    what = f"model '{model}'" if model else "any model"
-    match rejected.refusal:
-        case Refusal.BAD_NAME:
-            return 400, "invalid model name"
-        case Refusal.UNKNOWN_PIN:
-            return 400, f"no such node; the nodes are: {_listed(rejected.nodes)}"
-        case Refusal.AMBIGUOUS_PIN:
-            return 400, f"several nodes have that address, pin one by its name: {nodes}"
-        case Refusal.PIN_DOWN:
-            return 503, f"cannot connect to Ollama server at {rejected.nodes[0].url}"
-        case Refusal.NOT_ON_PIN:
-            return 404, f"model '{model}' not found on {rejected.nodes[0].url}"
-        case Refusal.NO_MODEL:
-            return 404, route.missing.format(name=model, key=names.parse(model).key)
-        case Refusal.NODES_DOWN:
-            return 503, f"no node is up for {what}: {nodes}"
-        case Refusal.ALL_TRIED:  # pragma: no branch
-            return 503, f"cannot connect to any node that has {what}: {nodes}"
+    status, text = _REFUSALS[rejected.refusal]
+    nodes = rejected.nodes
+    versions = zip(nodes, rejected.versions, strict=False)
+    name = _shown(model) if rejected.refusal is Refusal.NO_MODEL else ""
+    return status, text.format(
+        model=model,
+        what=f"model '{model}'" if model else "any model",
+        missing=route.missing.format(name=model, key=name),
+        nodes=", ".join(node.name for node in nodes),
+        listed=_listed(nodes),
+        url=nodes[0].url if nodes else "",
+        unmarked=_NO_PRIMARY if route.need is _PRIMARY else _NO_CLOUD,
+        path=route.path,
+        since=".".join(map(str, route.since)),
+        versions=", ".join(f"{node.name} has {version}" for node, version in versions),
+    )
+
+
+def _shown(model: str) -> str:
+    name = names.parse(model)
+    return name.key if name.source else names.shortest(model.strip())
 
 
 def _listed(nodes: tuple[NodeSpec, ...]) -> str:

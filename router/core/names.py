@@ -63,7 +63,7 @@ def parse(text: str) -> Name:
     bare, source = _source(text)
     if source and _source(bare)[1]:
         raise BadName(text)
-    key = _key(bare)
+    key = shortest(bare).lower()
     if source == "cloud":
         # So a node lists the stub of a pulled cloud model: `x:cloud`, `x:20b-cloud`.
         tagged = ":" in bare.rpartition("/")[2]
@@ -82,7 +82,9 @@ def _source(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _key(text: str) -> str:
+def shortest(text: str) -> str:
+    """The name as Ollama shows it: with its tag, without the host and namespace that are usual;
+    in the case in which it was written. Raises BadName."""
     scheme = _SCHEME.match(text)
     parts = text[scheme.end() if scheme else 0 :].split("/")
     model, colon, tag = parts[-1].partition(":")
@@ -99,11 +101,10 @@ def _key(text: str) -> str:
     )
     if not valid:
         raise BadName(text)
-    short = f"{model}:{tag}".lower()
-    host, namespace = host.lower(), namespace.lower()
-    if host != _DEFAULT_HOST:
+    short = f"{model}:{tag}"
+    if host.lower() != _DEFAULT_HOST:
         return f"{host}/{namespace}/{short}"
-    return short if namespace == _DEFAULT_NAMESPACE else f"{namespace}/{short}"
+    return short if namespace.lower() == _DEFAULT_NAMESPACE else f"{namespace}/{short}"
 
 
 def without_prefix(text: str) -> str | None:
@@ -125,10 +126,11 @@ def split_pin(text: str) -> tuple[str, Pin | None]:
     left, right = text[:at].strip(), text[at + 1 :].strip()
     if not left or not right or "@" in right:
         raise BadName(text)
-    return left, _pin(right)
+    return left, pin(right)
 
 
-def _pin(text: str) -> Pin:
+def pin(text: str) -> Pin:
+    """Read what stands right of the `@`. Raises BadName."""
     match = _PIN.fullmatch(text)
     if match is None:
         if "://" in text or not _PART.fullmatch(text.replace(":", ".")):

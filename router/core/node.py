@@ -1,10 +1,13 @@
 """One node as the pool knows it: health, models, in-flight."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from router.core.names import Name
 from router.core.types import Flip, Health, Model, NodeSpec, Observation, Sign
+
+_NUMBERS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,3}")
 
 # (health, sign) -> (next health, how many such signs in a row it takes). A refused connection
 # is no accident of timing: nobody listens, so it counts at once.
@@ -26,8 +29,8 @@ class Node:
     """A node's state. Only the pool changes it."""
 
     __slots__ = (
-        "_listed", "_loaded", "detail", "health", "in_flight", "pool", "present", "resident",
-        "signs", "since", "spec", "turn", "up", "version",
+        "_listed", "_loaded", "detail", "health", "in_flight", "pool", "present", "release",
+        "resident", "seen", "signs", "since", "spec", "turn", "up", "used", "version",
     )  # fmt: skip
 
     def __init__(self, spec: NodeSpec, pool: str, now: float) -> None:
@@ -40,7 +43,10 @@ class Node:
         self.signs = 0
         self.in_flight = 0
         self.turn = 0
+        self.used = 0  # requests that have begun or ended here
+        self.seen = 0  # how many of them had when its memory was last looked at
         self.version = ""
+        self.release: tuple[int, ...] = ()
         self._listed: Mapping[str, Model] = {}
         self._loaded: Mapping[str, Model] = {}
         self.present: Mapping[str, Model] = {}
@@ -58,27 +64,34 @@ class Node:
     def load(self) -> float:
         return self.in_flight / (self.spec.slots * self.spec.weight)
 
+    @property
+    def disk(self) -> int:
+        """Bytes of all models that it lists."""
+        sizes = [model.entry.get("size") for model in self._listed.values()]
+        return sum(size for size in sizes if isinstance(size, int))
+
     def configure(self, spec: NodeSpec, pool: str) -> None:
         """Take a new specification of the same server; what is known of it stays."""
         self.spec, self.pool = spec, pool
-        self._filter()
+        self.present = self._usable(self._listed)
+        self.resident = self._usable(self._loaded)
 
-    def _filter(self) -> None:
-        self.present = {k: model for k, model in self._listed.items() if self._may_use(k)}
-        self.resident = {k: model for k, model in self._loaded.items() if self._may_use(k)}
+    def _usable(self, models: Mapping[str, Model]) -> Mapping[str, Model]:
+        return {key: model for key, model in models.items() if self.may_use(key)}
 
-    def _may_use(self, key: str) -> bool:
-        """Whether the configured globs let this node's `key` be used; `!` excludes."""
-        globs = self.spec.models
-        wanted = [glob for glob in globs if not glob.startswith("!")]
-        barred = [glob[1:] for glob in globs if glob.startswith("!")]
-        return (not wanted or _matches(key, wanted)) and not _matches(key, barred)
+    def may_use(self, key: str) -> bool:
+        """Whether the configured globs let this node's `key` be used."""
+        return not self.spec.models or fits(key, self.spec.models)
+
+    def new_enough(self, since: tuple[int, ...]) -> bool:
+        """Whether its version is not known to be older."""
+        return not self.release or self.release >= since
 
     def serves(self, model: Name | None) -> bool:
         """Whether it has the model, as far as known. No name, or a cloud name: every node."""
         if model is None:
             return True
-        return self._may_use(model.key) if model.cloud else model.key in self.present
+        return self.may_use(model.key) if model.cloud else model.key in self.present
 
     def feel(self, sign: Sign, up_after: int, down_after: int, now: float) -> tuple[Health, Health]:
         """Take one sign of health; returns (health before, health after)."""
@@ -95,19 +108,36 @@ class Node:
         before = (self.version, self._listed, self._loaded)
         if seen.version is not None:
             self.version = seen.version
-        if seen.present is not None:
+            self.release = release(seen.version)
+        if seen.present is not None and seen.present != self._listed:
             self._listed = seen.present
-        if seen.resident is not None:
+            self.present = self._usable(seen.present)
+        if seen.resident is not None and seen.resident != self._loaded:
             self._loaded = seen.resident
-        changed = before != (self.version, self._listed, self._loaded)
-        if changed:
-            self._filter()
-        return changed
+            self.resident = self._usable(seen.resident)
+        return before != (self.version, self._listed, self._loaded)
 
     def flip(self, was: Health) -> Flip | None:
         if was is self.health:
             return None
         return Flip(self.spec.name, was, self.health, self.detail)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, at least three; none where it tells nothing: `0.0.0` is what a
+    build from source says."""
+    texts = _NUMBERS.match(version)
+    numbers = [int(text) for text in texts[0].split(".")] if texts else []
+    if not any(numbers):
+        return ()
+    return tuple(numbers + [0] * (3 - len(numbers)))
+
+
+def fits(key: str, globs: Sequence[str]) -> bool:
+    """Whether a canonical name fits one of the globs, all if none includes, and none with `!`."""
+    wanted = [glob for glob in globs if not glob.startswith("!")]
+    barred = [glob[1:] for glob in globs if glob.startswith("!")]
+    return (not wanted or _matches(key, wanted)) and not _matches(key, barred)
 
 
 def _matches(key: str, globs: Iterable[str]) -> bool:

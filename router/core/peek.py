@@ -36,14 +36,20 @@ Span = tuple[int, int]
 
 def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
     """Map each top-level key, case-folded, to the span of its last value. Raises Unreadable."""
-    at = _blank(body, 0)
+    return dict(entries(body))
+
+
+def entries(body: bytes | bytearray, at: int = 0) -> Iterator[tuple[str, Span]]:
+    """Each key of the object at `at`, case-folded, and the span of its value, as they come.
+
+    Raises Unreadable where the first thing is found that is not JSON."""
+    at = _blank(body, at)
     if body[at : at + 1] != b"{":
         raise Unreadable("not a JSON object")
-    spans: dict[str, Span] = {}
     keys, steps = itertools.count(), itertools.count()
     at = _blank(body, at + 1)
     if body[at : at + 1] == b"}":
-        return spans
+        return
     while True:
         if next(keys) > _MAX_KEYS:
             raise Unreadable("too many keys")
@@ -54,11 +60,11 @@ def top_level(body: bytes | bytearray) -> Mapping[str, Span]:
             raise Unreadable("a key without a value")
         at = _blank(body, at + 1)
         end = _value_end(body, at, steps)
-        spans[fold(key)] = (at, end)
+        yield fold(key), (at, end)
         at = _blank(body, end)
         mark = body[at : at + 1]
         if mark == b"}":
-            return spans
+            return
         if mark != b",":
             raise Unreadable("neither a comma nor the end of the object")
         at = _blank(body, at + 1)

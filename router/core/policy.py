@@ -5,20 +5,24 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from router.core.bounds import Bounds
 from router.core.names import Name, Pin, pinned
 from router.core.node import Node
-from router.core.types import Reason, Refusal, Rejected
+from router.core.types import Reason, Refusal, Rejected, Scope
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a request needs of a node. `model` None: any node will do; `sent` is the model's
-    name as the node is to be told it, without pin, prefix or alias. `known`: a node has it."""
+    name as the node is to be told it, without pin, prefix or alias. `known`: a node has it.
+    `scope` is that of the path, `bounds` what else limits the choice; None for no limit."""
 
     model: Name | None = None
     pin: Pin | None = None
     sent: str = ""
     known: bool = field(default=False, compare=False)
+    scope: Scope | None = None
+    bounds: Bounds | None = field(default=None, compare=False)
 
 
 class Eligible(msgspec.Struct, frozen=True, eq=False):
@@ -33,13 +37,50 @@ def eligible(
 ) -> Eligible | Rejected:
     """The nodes that may be asked; `tried` holds urls of nodes that have failed this request."""
     if target.pin is not None:
-        return _pinned(pools, target, target.pin, tried)
-    model = target.model
+        return _pinned(pools, target, tried)
+    if target.bounds is not None:
+        return _bounded(pools, target.model, target.bounds, tried)
+    return _among(pools, target.model, tried) or _nobody(_holders(pools, target.model), pools)
+
+
+def _among(
+    pools: Sequence[Sequence[Node]], model: Name | None, tried: Collection[str]
+) -> Eligible | None:
     for place, nodes in enumerate(pools):
         usable = [n for n in nodes if n.up and n.serves(model) and n.spec.url not in tried]
         if usable:
             return Eligible(usable, _reason(place, usable))
-    return _nobody([node for nodes in pools for node in nodes if node.serves(model)], pools)
+    return None
+
+
+def _bounded(
+    pools: Sequence[Sequence[Node]], model: Name | None, bounds: Bounds, tried: Collection[str]
+) -> Eligible | Rejected:
+    pools = _within(pools, bounds.only)
+    able = _within(pools, bounds.only - bounds.old)
+    found = _among(_within(able, bounds.preferred), model, tried) or _among(able, model, tried)
+    if found is not None:
+        return found
+    if model is not None and not pools:
+        return Rejected(Refusal.NO_MODEL)
+    holders, too_old = _holders(able, model), _holders(pools, model)
+    if too_old and not holders:
+        return _too_old(too_old)
+    return _nobody(holders, pools)
+
+
+def _within(pools: Sequence[Sequence[Node]], urls: Collection[str]) -> Sequence[Sequence[Node]]:
+    limited = ([node for node in nodes if node.spec.url in urls] for nodes in pools)
+    return [nodes for nodes in limited if nodes]
+
+
+def _holders(pools: Sequence[Sequence[Node]], model: Name | None) -> Sequence[Node]:
+    return [node for nodes in pools for node in nodes if node.serves(model)]
+
+
+def _too_old(nodes: Sequence[Node]) -> Rejected:
+    specs = tuple(node.spec for node in nodes)
+    return Rejected(Refusal.TOO_OLD, specs, tuple(node.version for node in nodes))
 
 
 def _reason(place: int, usable: Sequence[Node]) -> Reason:
@@ -62,23 +103,51 @@ def _rejected(refusal: Refusal, nodes: Sequence[Node]) -> Rejected:
     return Rejected(refusal, tuple(node.spec for node in nodes))
 
 
+def inside(pools: Sequence[Sequence[Node]], target: Target) -> Sequence[Node] | Rejected:
+    """The nodes that pin and scope leave: one where there is a pin."""
+    scope, pin = target.scope, target.pin
+    nodes = [n for pool in pools for n in pool if scope is None or n.spec.url in scope.urls]
+    if pin is None:
+        return nodes
+    found = pinned(pin, [node.spec for node in nodes])
+    if len(found) == 1:
+        return [node for node in nodes if node.spec.url == found[0].url]
+    if found:
+        return Rejected(Refusal.AMBIGUOUS_PIN, tuple(found))
+    return _unknown(pools, nodes, pin)
+
+
+def nobody_has(nodes: Sequence[Node], having: Sequence[Node], target: Target) -> Rejected:
+    """Why none of the nodes that pin and scope leave has the model, or none that is up."""
+    if target.pin is None:
+        return _nobody(having, [nodes])
+    return _rejected(Refusal.NOT_ON_PIN if nodes[0].up else Refusal.PIN_DOWN, nodes)
+
+
+def _unknown(pools: Sequence[Sequence[Node]], nodes: Sequence[Node], pin: Pin) -> Rejected:
+    outside = pinned(pin, [node.spec for pool in pools for node in pool])
+    if outside:
+        return Rejected(Refusal.OUT_OF_SCOPE, tuple(outside))
+    return Rejected(Refusal.BAD_NAME) if pin.host is None else _rejected(Refusal.UNKNOWN_PIN, nodes)
+
+
 def _pinned(
-    pools: Sequence[Sequence[Node]], target: Target, pin: Pin, tried: Collection[str]
+    pools: Sequence[Sequence[Node]], target: Target, tried: Collection[str]
 ) -> Eligible | Rejected:
-    by_url = {node.spec.url: node for nodes in pools for node in nodes}
-    everyone = [node.spec for node in by_url.values()]
-    found = pinned(pin, everyone)
-    if len(found) != 1:
-        if not found and pin.host is None:
-            return Rejected(Refusal.BAD_NAME)
-        refusal = Refusal.AMBIGUOUS_PIN if found else Refusal.UNKNOWN_PIN
-        return Rejected(refusal, tuple(found or everyone))
-    node = by_url[found[0].url]
+    found = inside(pools, target)
+    if isinstance(found, Rejected):
+        return found
+    [node] = found
+    bounds = target.bounds
     if not node.up or node.spec.url in tried:
-        return _rejected(Refusal.PIN_DOWN, [node])
+        return _rejected(Refusal.PIN_DOWN, found)
     if not node.serves(target.model):
-        return _rejected(Refusal.NOT_ON_PIN, [node])
-    return Eligible([node], Reason.PINNED)
+        return _rejected(Refusal.NOT_ON_PIN, found)
+    if bounds is not None and node.spec.url not in bounds.only:
+        return _rejected(Refusal.NOT_ON_PIN, found)
+    if bounds is not None and bounds.old:
+        return _too_old(found)
+    return Eligible(found, Reason.PINNED)
 
 
 def pick(nodes: Sequence[Node]) -> Node:

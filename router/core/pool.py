@@ -1,12 +1,12 @@
 """The one owner of nodes and leases. Synchronous; told the time; returns what to do."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
 from router.core import names, policy
-from router.core.names import BadName, Name
+from router.core.bounds import Conflicts, Rules, Terms, conflicts
+from router.core.names import BadName, Name, Pin
 from router.core.node import Node
 from router.core.policy import Target
 from router.core.types import (
@@ -14,18 +14,25 @@ from router.core.types import (
     Flip,
     Health,
     Model,
+    Need,
     NodeSpec,
+    NodeView,
     Observation,
     Outcome,
     Reason,
     Refusal,
     Rejected,
+    Scope,
     Sign,
     Topology,
 )
 
 # Names as clients write them, read once per revision. A client may send any number of them.
-_RESOLVED_MAX = 1000
+_KNOWN_MAX = 1000
+_TEXT_MAX = 1000
+_NO_NEED = Need.NONE
+_ANYONE = Target()
+_NEWEST = (1 << 40,)  # newer than all: no version is known
 
 
 class Attempt(msgspec.Struct, frozen=True, eq=False):
@@ -43,27 +50,6 @@ class Lease(msgspec.Struct, frozen=True, eq=False):
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """A node as it was when the snapshot was taken. `leaving`: no longer configured."""
-
-    spec: NodeSpec
-    pool: str
-    health: Health
-    since: float
-    detail: str
-    suspect: bool
-    leaving: bool
-    in_flight: int
-    version: str
-    present: Mapping[str, Model]
-    resident: Mapping[str, Model]
-
-    @property
-    def up(self) -> bool:
-        return self.health is Health.UP
-
-
 class Pool:
     """All nodes and all leases. `revision` grows with every change that a listing may show."""
 
@@ -73,8 +59,12 @@ class Pool:
         self._leaving: list[Node] = []
         self._leases: dict[Attempt, Node] = {}
         self._turn = 0
-        self._resolved: dict[str, Target | Rejected] = {}
-        self._resolved_at = 0
+        self._resolved: dict[object, Target | Rejected] = {}
+        self._scopes: dict[str, Scope] = {}
+        self._known_at = 0
+        self._oldest: tuple[int, ...] = _NEWEST
+        self._conflicts: Conflicts = {}
+        self._listed: Sequence[tuple[str, Mapping[str, Model]]] = ()
         self.reconfigure(topology, now)
 
     def __repr__(self) -> str:
@@ -84,8 +74,12 @@ class Pool:
 
     def reconfigure(self, topology: Topology, now: float) -> None:
         """Take a new configuration. A node whose url stays keeps its state."""
-        self._aliases = {names.parse(name).key: to for name, to in topology.aliases.items()}
+        self._aliases = {
+            names.parse(name).key: (to,) if isinstance(to, str) else to
+            for name, to in topology.aliases.items()
+        }
         self._topology = topology
+        self._rules = Rules(topology)
         before = self._nodes | {node.spec.url: node for node in self._leaving}
         self._nodes = {}
         self._pools: list[list[Node]] = []
@@ -108,27 +102,107 @@ class Pool:
 
     # What a request goes through.
 
-    def resolve(self, text: str) -> Target | Rejected:
-        """Read a model's name as a client wrote it: pin, alias and prefix taken off."""
-        if self._resolved_at != self.revision or len(self._resolved) > _RESOLVED_MAX:
-            self._resolved_at = self.revision
-            self._resolved.clear()
-        found = self._resolved.get(text)
+    def scope(self, text: str) -> Scope | Rejected:
+        """The nodes that `/@text/...` leaves: one, by its name or address, or those of a pool."""
+        if self._known_at != self.revision or len(self._scopes) > _KNOWN_MAX:
+            self._forget()
+        found: Scope | Rejected | None = self._scopes.get(text)
         if found is None:
-            found = self._resolved[text] = self._resolve(text)
+            found = self._scope(text)
+            if isinstance(found, Scope):
+                self._scopes[text] = found
         return found
 
-    def _resolve(self, text: str) -> Target | Rejected:
+    def _scope(self, text: str) -> Scope | Rejected:
+        specs = self.specs()
+        try:
+            found = names.pinned(names.pin(text), specs)
+        except BadName:
+            found = []
+        if len(found) == 1:
+            return Scope(text, frozenset([found[0].url]))
+        pool = [n.spec.url for n in self._nodes.values() if n.pool.lower() == text.lower()]
+        if pool:
+            return Scope(text, frozenset(pool))
+        refusal = Refusal.AMBIGUOUS_PIN if found else Refusal.UNKNOWN_PIN
+        return Rejected(refusal, tuple(found or specs))
+
+    def resolve(
+        self,
+        text: str,
+        scope: Scope | None = None,
+        need: Need = _NO_NEED,
+        since: tuple[int, ...] = (),
+    ) -> Target | Rejected:
+        """Read a model's name as a client wrote it: pin, alias and prefix taken off."""
+        if self._known_at != self.revision or len(self._resolved) > _KNOWN_MAX:
+            self._forget()
+        plain = scope is None and need is _NO_NEED and since <= self._oldest
+        asked = text if plain else (text, scope, need, since)
+        found = self._resolved.get(asked)
+        if found is None:
+            found = self._resolve(text, Terms(scope, need, since))
+            if len(text) <= _TEXT_MAX:
+                self._resolved[asked] = found
+        return found
+
+    def anyone(self, scope: Scope | None, need: Need, since: tuple[int, ...]) -> Target | Rejected:
+        """What a request needs that names no model."""
+        if self._known_at != self.revision:
+            self._forget()
+        if scope is None and need is _NO_NEED and since <= self._oldest:
+            return _ANYONE
+        return self._target(None, None, Terms(scope, need, since))
+
+    def _forget(self) -> None:
+        """What was worked out holds until the next change."""
+        self._known_at = self.revision
+        self._resolved.clear()
+        self._scopes.clear()
+        releases = [node.release for node in self._nodes.values() if node.release]
+        self._oldest = min(releases, default=_NEWEST)
+
+    def _resolve(self, text: str, terms: Terms) -> Target | Rejected:
         try:
             left, pin = names.split_pin(text)
-            alias = self._aliases.get(self._name(left).key)
-            if alias is not None:
-                left, alias_pin = names.split_pin(alias)
-                pin = pin or alias_pin
             name = self._name(left)
+            candidates = self._aliases.get(name.key)
+            if candidates is None:
+                return self._target(name, pin, terms)
+            found = [self._candidate(one, pin, terms) for one in candidates]
         except BadName:
             return Rejected(Refusal.BAD_NAME)
-        return Target(name, pin, name.text, self.knows(name.key))
+        return next((one for one in found if self._can_be_had(one)), found[0])
+
+    def _candidate(self, text: str, pin: Pin | None, terms: Terms) -> Target | Rejected:
+        """What an alias stands for. A pin of the client's, also by path, replaces its own."""
+        left, own = names.split_pin(text)
+        target = self._target(self._name(left), pin or own, terms)
+        if isinstance(target, Rejected) and target.refusal is Refusal.OUT_OF_SCOPE and pin is None:
+            return self._target(self._name(left), None, terms)
+        return target
+
+    def _can_be_had(self, target: Target | Rejected) -> bool:
+        return isinstance(target, Target) and not isinstance(self.eligible(target), Rejected)
+
+    def _target(self, name: Name | None, pin: Pin | None, terms: Terms) -> Target | Rejected:
+        scope = terms.scope
+        if pin is None and scope is not None and len(scope.urls) == 1:
+            pin = next(
+                (Pin(n.spec.name) for n in self._nodes.values() if n.spec.url in scope.urls), None
+            )
+        sent, known = ("", False) if name is None else (name.text, self.knows(name.key))
+        target = Target(name, pin, sent, known, scope)
+        nodes: Sequence[Node] = list(self._nodes.values())
+        if pin is not None:
+            inside = policy.inside(self._pools, target)
+            if isinstance(inside, Rejected):
+                return inside if inside.refusal is Refusal.OUT_OF_SCOPE else target
+            nodes = inside
+        bounds = self._rules.bounds(nodes, name, terms)
+        if isinstance(bounds, Rejected):
+            return bounds
+        return Target(name, pin, sent, known, scope, bounds)
 
     def _name(self, text: str) -> Name:
         rest = names.without_prefix(text)
@@ -153,6 +227,85 @@ class Pool:
             return found
         return [node.spec for node in found.nodes]
 
+    def listed(self, scope: Scope | None) -> Sequence[Mapping[str, Model]]:
+        """What each node that is up has, of what may be had from it."""
+        nodes = [node for node in self._nodes.values() if node.up]
+        if scope is not None:
+            nodes = [node for node in nodes if node.spec.url in scope.urls]
+        return self._rules.listed(nodes)
+
+    @property
+    def aliases(self) -> Collection[str]:
+        """Their canonical names."""
+        return self._aliases.keys()
+
+    # What managing verbs go through: they reach all nodes that a model is on, or belongs on.
+
+    def holders(self, target: Target) -> Sequence[NodeSpec] | Rejected:
+        """All nodes that are up and have the model, wherever it may live."""
+        inside = policy.inside(self._pools, target)
+        if isinstance(inside, Rejected):
+            return inside
+        key = "" if target.model is None else target.model.key
+        having = [node for node in inside if key in node.present]
+        up = [node.spec for node in having if node.up]
+        return up or policy.nobody_has(inside, having, target)
+
+    def homes(self, target: Target) -> Sequence[NodeSpec] | Rejected:
+        """The nodes that are up and where the model may live: those that have it first, then
+        those with the least on disk."""
+        inside = policy.inside(self._pools, target)
+        if isinstance(inside, Rejected):
+            return inside
+        assert target.model is not None  # a resolved name
+        found = self._rules.homes(inside, target.model)
+        if isinstance(found, Rejected):
+            down = found.refusal is Refusal.NODES_DOWN and target.pin is not None
+            return Rejected(Refusal.PIN_DOWN, found.nodes) if down else found
+        return [node.spec for node in found]
+
+    def everyone(self, scope: Scope | None) -> Sequence[NodeSpec]:
+        """The nodes that are up."""
+        return [
+            node.spec
+            for node in self._nodes.values()
+            if node.up and (scope is None or node.spec.url in scope.urls)
+        ]
+
+    def holding(self, target: Target) -> Sequence[NodeSpec]:
+        """The nodes that are up and may have the model in memory: they have, or have been used
+        since anybody looked. Each counts as used once more."""
+        inside = policy.inside(self._pools, target)
+        if isinstance(inside, Rejected) or target.model is None:
+            return ()
+        key = target.model.key
+        found = [
+            node
+            for node in inside
+            if node.up
+            and (key in node.resident or (node.used != node.seen and key in node.present))
+        ]
+        for node in found:
+            node.used += 1
+        return [node.spec for node in found]
+
+    def unseen(self, scope: Scope | None) -> Sequence[tuple[NodeSpec, int]]:
+        """The nodes whose memory may have other models in it than when it was last looked at,
+        each with what `saw` is to be told once somebody has."""
+        return [
+            (node.spec, node.used)
+            for node in self._nodes.values()
+            if node.up and node.used != node.seen and (scope is None or node.spec.url in scope.urls)
+        ]
+
+    def saw(self, url: str, used: int) -> None:
+        """The node's memory was looked at after `used`."""
+        node = self._nodes.get(url)
+        if node is not None:
+            node.seen = used
+
+    # The lease of one attempt.
+
     def submit(self, attempt: Attempt) -> Lease | Rejected:
         """Choose a node and count the attempt on it, in one step."""
         found = policy.eligible(self._pools, attempt.target, attempt.tried)
@@ -162,6 +315,7 @@ class Pool:
         self._turn += 1
         node.turn = self._turn
         node.in_flight += 1
+        node.used += 1
         self._leases[attempt] = node
         return Lease(attempt, node.spec, found.reason)
 
@@ -171,6 +325,7 @@ class Pool:
         if node is None:
             return None
         node.in_flight -= 1
+        node.used += 1
         if not node.in_flight and node in self._leaving:
             self._leaving.remove(node)
         failure = outcome.failure
@@ -216,6 +371,15 @@ class Pool:
 
     def specs(self) -> Sequence[NodeSpec]:
         return [node.spec for node in self._nodes.values()]
+
+    def conflicts(self) -> Conflicts:
+        """Of each name that stands for several digests on nodes that are up, who has which."""
+        listed = [(node.spec.name, node.present) for node in self._nodes.values() if node.up]
+        if [name for name, _ in listed] != [name for name, _ in self._listed] or any(
+            one is not other for (_, one), (_, other) in zip(listed, self._listed, strict=True)
+        ):
+            self._listed, self._conflicts = listed, conflicts(listed)
+        return self._conflicts
 
     def suspect(self, url: str) -> bool:
         node = self._nodes.get(url)

@@ -3,8 +3,11 @@
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import msgspec
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class NodeSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     tls: Tls = Tls()
+    primary: bool = False
+    cloud: bool = False
     authority: str = field(init=False, repr=False, compare=False)  # what it is told in `Host`
 
     def __post_init__(self) -> None:
@@ -52,6 +57,33 @@ class PoolSpec:
     nodes: tuple[NodeSpec, ...]
 
 
+class Wish(enum.StrEnum):
+    """How much a placement means."""
+
+    REQUIRE = "require"  # never elsewhere
+    PREFER = "prefer"  # elsewhere only where these cannot be asked
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where models may live: those whose name fits a glob, on nodes that are named, or have all
+    of the labels, or are in one of the pools."""
+
+    models: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    pools: tuple[str, ...] = ()
+    wish: Wish = Wish.REQUIRE
+
+
+class Digest(enum.StrEnum):
+    """Which nodes may be asked for a model whose name stands for several digests."""
+
+    ANY = "any"
+    MAJORITY = "majority"  # those with the digest that most nodes have
+    NEWEST = "newest"  # those with the digest that was modified last
+
+
 class Policy(enum.StrEnum):
     """How a node is chosen among those that are eligible."""
 
@@ -60,13 +92,32 @@ class Policy(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """All that the core needs of a configuration. Pools are tried in their order."""
+    """All that the core needs of a configuration. Pools are tried in their order, and so are the
+    models that an alias stands for."""
 
     pools: tuple[PoolSpec, ...]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    placements: tuple[Placement, ...] = ()
     policy: Policy = Policy.LEAST_IN_FLIGHT
+    digest: Digest = Digest.ANY
     up_after: int = 2
     down_after: int = 3
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """The nodes that a path such as `/@gpu-1/api/chat` leaves: its `text`, and their urls."""
+
+    text: str
+    urls: frozenset[str]
+
+
+class Need(enum.Enum):
+    """What an endpoint needs of a node, beside a model."""
+
+    NONE = "none"
+    PRIMARY = "primary"  # the identity that stands for all
+    CLOUD = "cloud"  # that it may be asked for what ollama.com does
+    ANY = "any"  # nothing: where no node is up, the router has an answer of its own
 
 
 class FailureKind(enum.StrEnum):
@@ -114,6 +165,15 @@ class Model:
     key: str
     digest: str
     entry: Mapping[str, object]
+
+    def moment(self, field: str) -> datetime:
+        """A time of the entry. Go writes nanoseconds, which Python reads since 3.11; a year past
+        9999 or rubbish counts as the beginning of time."""
+        try:
+            moment = datetime.fromisoformat(str(self.entry.get(field)))
+        except ValueError:
+            return _EPOCH
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +225,44 @@ class Refusal(enum.StrEnum):
     NO_MODEL = "no-model"
     NODES_DOWN = "nodes-down"
     ALL_TRIED = "all-tried"
+    OUT_OF_SCOPE = "out-of-scope"  # the model's name pins a node that the path leaves out
+    NOT_PLACED = "not-placed"  # no node may have the model
+    UNMARKED = "unmarked"  # no node is primary, or may be asked for the cloud
+    TOO_OLD = "too-old"
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """No lease. `nodes` are those that the refusal is about, with their names and addresses."""
+    """No lease. `nodes` are those that the refusal is about, with their names and addresses;
+    `versions` are theirs, where those are the reason."""
 
     refusal: Refusal
     nodes: tuple[NodeSpec, ...] = ()
+    versions: tuple[str, ...] = ()
 
 
 class Outcome(msgspec.Struct, frozen=True):
     """How an attempt ended: `failure` None means that the node answered, whatever it said."""
 
     failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as it was when the snapshot was taken. `leaving`: no longer configured."""
+
+    spec: NodeSpec
+    pool: str
+    health: Health
+    since: float
+    detail: str
+    suspect: bool
+    leaving: bool
+    in_flight: int
+    version: str
+    present: Mapping[str, Model]
+    resident: Mapping[str, Model]
+
+    @property
+    def up(self) -> bool:
+        return self.health is Health.UP

@@ -125,6 +125,8 @@ def _content(ask: Ask, bounds: tuple[int, int]) -> list[Piece]:
     else:
         value = text.instance(ask.schema, prompt)
         tokens = text.pieces(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    if ask.model.remote_model and ask.schema is None:
+        tokens = [f"{ask.model.remote_model} answers:", *(f" {one.strip()}" for one in tokens)]
     left = text.after(list(tokens), given)
     if left is None:
         left = text.words(ask.model.name, prompt + given, bounds, about="another beginning")

@@ -2,16 +2,18 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from aiohttp import HttpVersion11, web
 
-from router.sim import gojson, transport
+from router.sim import encoding, gojson, transport
+from router.sim.account import Account
 from router.sim.driver import Driver
 from router.sim.faults import Fault, FaultKind
-from router.sim.models import SimSpec
+from router.sim.models import SimModel, SimSpec
 from router.sim.request import Refused
 from router.sim.shelf import Shelf
 from router.sim.transport import Stream
@@ -36,6 +38,7 @@ class Seen:
     """A request that reached the node. Times are the loop's; `outcome` None: still in flight.
 
     "error" is an answer of 400 and above or one that a fault broke, "cancelled" a client that left.
+    `received` counts the bytes of the body read so far; those of an upload are not kept in `body`.
     """
 
     method: str
@@ -43,6 +46,7 @@ class Seen:
     headers: list[tuple[str, str]]
     started: float
     body: bytes = b""
+    received: int = 0
     finished: float | None = None
     status: int | None = None
     records: int = 0
@@ -57,15 +61,22 @@ class Seen:
 class Machine:
     """What every exchange of a node shares. `released` ends the present hangs and stalls.
 
-    `held` is the number of requests that hang or stall now.
+    `held` is the number of requests that hang or stall now. What runs at ollama.com has a driver
+    of its own, `remote`: it takes no slot and no memory of the node.
     """
 
     spec: SimSpec
     shelf: Shelf
     driver: Driver
+    remote: Driver
+    account: Account
     changed: Callable[[], None]
     released: asyncio.Event = field(default_factory=asyncio.Event)
     held: int = 0
+
+    def driver_of(self, model: SimModel) -> Driver:
+        """Where a model runs."""
+        return self.remote if model.remote_model else self.driver
 
 
 class Broken(Exception):
@@ -84,10 +95,18 @@ class Exchange:
         self.failure_record = b""
         self._response: web.StreamResponse | None = None
 
-    @property
+    @cached_property
     def body(self) -> bytes:
-        """The request's body."""
-        return self.seen.body
+        """The request's body, decompressed where the endpoint does that. Raises Refused."""
+        seen, spec = self.seen, self.machine.spec
+        return encoding.decoded(seen.body, self.path, self.request.headers, spec.release)
+
+    @property
+    def here(self) -> str:
+        """The node's own address, as its `url` tells it."""
+        transport = self.request.transport
+        host, port = transport.get_extra_info("sockname")[:2] if transport else ("", 0)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def pace(self) -> float:
@@ -98,6 +117,19 @@ class Exchange:
     def response(self) -> web.StreamResponse:
         """The answer so far; an empty one if a fault left nothing to send."""
         return self._response or web.Response()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, for one reader; a client that waits for leave to send gets it."""
+        if self.request.headers.get("Expect", "").lower() == "100-continue":
+            self._raw(b"HTTP/1.1 100 Continue\r\n\r\n")
+        async for piece in self.request.content.iter_any():
+            self.seen.received += len(piece)
+            self.machine.changed()
+            yield piece
+
+    async def receive(self) -> None:
+        """Read the whole body."""
+        self.seen.body = b"".join([piece async for piece in self.pieces()])
 
     async def misbehave_early(self) -> None:
         """Do what the fault wants before the request is served at all."""
@@ -157,6 +189,7 @@ class Exchange:
 
     async def empty(self, status: int, **headers: str) -> None:
         """Answer without a body."""
+        await self._misbehave(b"", "none")
         self._send(status, b"", headers)
 
     async def refuse(self, error: Refused) -> None:
@@ -183,6 +216,9 @@ class Exchange:
         response = web.Response(status=status, body=data, headers=headers)
         if len(data) > _CHUNKED_FROM and self.request.version >= HttpVersion11:
             response.enable_chunked_encoding()
+        if not self.request.content.at_eof():
+            # What is left of the body will not be read.
+            response.force_close()
         self._response = response
 
     async def _misbehave(self, data: bytes, content_type: str = "") -> None:

@@ -23,7 +23,8 @@ class FaultKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One instruction. With `path` None it meets every inference request, with "*" every request.
+    """One instruction. With `path` None it meets every inference request, with "*" every request,
+    and one that ends in "*" stands for all paths that begin so.
 
     `times` None means until it is taken away. `reset` breaks a connection with RST, else it is
     closed as the kernel closes those of a killed process.
@@ -47,9 +48,15 @@ class Fault:
         """It applies to a request for `path` (without query) that names `model`."""
         if self.path is None and not inference:
             return False
-        if self.path not in (None, "*", path):
+        if self.path is not None and not _fits(self.path, path):
             return False
         return self.model is None or _same(self.model, model)
+
+
+def _fits(wanted: str, path: str) -> bool:
+    if wanted.endswith("*"):
+        return path.startswith(wanted[:-1])
+    return path == wanted
 
 
 def _same(wanted: str, asked: str | None) -> bool:

@@ -57,16 +57,17 @@ class Surface(Protocol):
 async def infer(exchange: Exchange, ask: Ask, surface: Surface) -> None:
     """Have `ask` answered through `surface`. Nothing is sent before the first token is there."""
     machine = exchange.machine
+    driver = machine.driver_of(ask.model)
     answer = compose(ask, machine.spec.answer_tokens)
     job = _job(exchange, ask, answer)
     try:
-        with machine.driver.running(job):
-            await machine.driver.started(job)
+        with driver.running(job):
+            await driver.started(job)
             metrics = measure(job, machine.spec.handover_s)
             if ask.stream:
                 await _stream(exchange, surface, job, answer, metrics)
             else:
-                await machine.driver.ended(job)
+                await driver.ended(job)
                 content_type = surface.whole_type
                 await exchange.whole(surface.whole(answer, metrics), content_type=content_type)
     except Busy:
@@ -76,7 +77,7 @@ async def infer(exchange: Exchange, ask: Ask, surface: Surface) -> None:
 async def _stream(
     exchange: Exchange, surface: Surface, job: Job, answer: Answer, metrics: Metrics
 ) -> None:
-    driver = exchange.machine.driver
+    driver = exchange.machine.driver_of(job.model)
     if exchange.fault is not None:
         exchange.failure_record = surface.failure(exchange.fault.message)
     await driver.until(job.first_token_at)
@@ -145,7 +146,7 @@ async def read(exchange: Exchange, ask: Ask, texts: Sequence[str]) -> Metrics:
 
 async def run(exchange: Exchange, job: Job) -> Metrics:
     """Put a job through the scheduler that has no answer to stream."""
-    driver = exchange.machine.driver
+    driver = exchange.machine.driver_of(job.model)
     try:
         with driver.running(job):
             await driver.ended(job)

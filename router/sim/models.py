@@ -1,13 +1,22 @@
 """What a simulated node is made of: its models, its limits, and a few models by name."""
 
 import hashlib
+import math
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from router.sim import names
+from router.sim.names import Name
+from router.sim.recipe import Layer, Recipe, layer_of
+from router.sim.versions import Release, release
 
 GB = 1_000_000_000
 # Room for one token of context, as a fraction of the weights: 115 KB for a model of 4.7 GB.
 CONTEXT_SHARE = 1 / 40_000
 COMPLETION = ("completion", "tools", "thinking")
+_PLAIN = Recipe()
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +27,7 @@ class SimModel:
     `weights` (what a runner is keyed by: names that share it share one runner) follow from the
     name when left empty. `load_s` is the time of a load, `prefill_tps` and `decode_tps` are tokens
     per second; `math.inf` makes them take no time. `slots` overrides the node's `num_parallel`.
+    `remote_model` is set for one that runs at ollama.com: its name there.
     """
 
     name: str
@@ -37,6 +47,8 @@ class SimModel:
     slots: int | None = None
     modified_at: datetime = datetime(2026, 1, 1, tzinfo=UTC)
     capabilities: tuple[str, ...] = ()
+    recipe: Recipe = _PLAIN
+    remote_model: str = ""
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest."""
@@ -47,6 +59,30 @@ class SimModel:
         object.__setattr__(self, "weights", self.weights or digest)
         capabilities = self.capabilities or (("embedding",) if self.embedding else COMPLETION)
         object.__setattr__(self, "capabilities", capabilities)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The blobs it is made of, the weights first."""
+        config = layer_of(f"{self.family} {self.parameter_size} {self.quantization}")
+        weights = self.weights
+        if not _DIGEST.fullmatch(weights):
+            weights = hashlib.sha256(weights.encode()).hexdigest()
+        return [Layer(f"sha256:{weights}", self.size_bytes), *self.recipe.layers, config]
+
+
+def at_once(
+    name: str, *, size_bytes: int = GB, weights: str = "", remote_model: str = ""
+) -> SimModel:
+    """A model that loads and answers without taking time."""
+    return SimModel(
+        name,
+        size_bytes=size_bytes,
+        weights=weights,
+        load_s=0.0,
+        prefill_tps=math.inf,
+        decode_tps=math.inf,
+        remote_model=remote_model,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +96,11 @@ class SimSpec:
     request reports; no time passes for it. With `check_host` the node refuses foreign `Host` and
     `Origin` headers, as one bound to loopback does. With `refuse_overflow` a chat longer than its
     context is answered 400 instead of being cut.
+
+    `library` is what a pull may bring besides the presets. A pull or push moves `transfer_bps`
+    bytes per second and tells of each layer in `transfer_records` steps. `user` is who the node is
+    to ollama.com, empty for one that nobody signed in; with `cloud_disabled` it does not talk to
+    it. `version` decides which endpoints there are.
     """
 
     models: tuple[SimModel, ...] = ()
@@ -79,6 +120,24 @@ class SimSpec:
     check_host: bool = False
     refuse_overflow: bool = False
     origins: tuple[str, ...] = ()
+    library: tuple[SimModel, ...] = ()
+    transfer_bps: float = math.inf
+    transfer_records: int = 4
+    user: str = "sim"
+    cloud_disabled: bool = False
+
+    @property
+    def release(self) -> Release:
+        """The release it claims to be."""
+        return release(self.version)
+
+    def published(self, name: Name) -> SimModel | None:
+        """The model that a pull of `name` brings, None when the registry has none."""
+        wanted = str(name).lower()
+        for model in (*self.library, *PRESETS.values()):
+            if str(names.parse(model.name)).lower() == wanted:
+                return model
+        return None
 
     def slots(self, model: SimModel) -> int:
         """How many requests of `model` run at once."""
@@ -88,7 +147,8 @@ class SimSpec:
 
     def num_ctx(self, model: SimModel, wanted: int | None) -> int:
         """The context one slot really gets: clamped to what the model was trained for."""
-        return min(wanted or self.default_num_ctx, model.context_length)
+        asked = wanted or model.recipe.num_ctx or self.default_num_ctx
+        return min(asked, model.context_length)
 
     def reserved_bytes(self, model: SimModel, num_ctx: int) -> int:
         """Memory a load of `model` takes: its weights, and context for every slot."""

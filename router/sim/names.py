@@ -21,9 +21,9 @@ class Name(NamedTuple):
     def __str__(self) -> str:
         """The listing form: default host and namespace hidden, tag always shown."""
         tail = f"{self.model}:{self.tag}"
-        if self.host != _DEFAULT_HOST:
+        if self.host.lower() != _DEFAULT_HOST:
             return f"{self.host}/{self.namespace}/{tail}"
-        return tail if self.namespace == _DEFAULT_NAMESPACE else f"{self.namespace}/{tail}"
+        return tail if self.namespace.lower() == _DEFAULT_NAMESPACE else f"{self.namespace}/{tail}"
 
 
 def parse(text: str) -> Name | None:
@@ -67,3 +67,10 @@ def split_source(text: str) -> Sourced | None:
     if inner is None or inner.source not in ("", marker):
         return None
     return Sourced(inner.base, marker)
+
+
+def stub(text: str) -> str:
+    """The name under which a node keeps a cloud model: `x:tag:cloud` is `x:tag-cloud`."""
+    base, _, last = text.rpartition(":")
+    tagged = ":" in base.rpartition("/")[2]
+    return f"{base}-cloud" if tagged and last.lower() == "cloud" else text

@@ -174,7 +174,7 @@ async def _load_or_unload(
     exchange: Exchange, ask: Ask, record: "Callable[[Ask, str, Piece | None], dict[str, object]]"
 ) -> None:
     if ask.keep_alive_s == 0:
-        exchange.machine.driver.unload(ask.model)
+        exchange.machine.driver_of(ask.model).unload(ask.model)
         reason = "unload"
     else:
         await load(exchange, ask)

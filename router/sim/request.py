@@ -84,6 +84,20 @@ class Fields:
         value = self._typed(name, (dict,), "map[string]interface {}")
         return Fields(value if isinstance(value, dict) else {})
 
+    def mapping(self, name: str) -> dict[str, object]:
+        """An object as it is, its keys in their own case; empty when absent."""
+        value = self._typed(name, (dict,), "map[string]interface {}")
+        return dict(value) if isinstance(value, dict) else {}
+
+    def texts(self, name: str) -> dict[str, str]:
+        """An object of strings, empty when absent."""
+        found = {}
+        for key, value in self.mapping(name).items():
+            if not isinstance(value, str):
+                raise Refused(400, _mismatch(value, name, "string"))
+            found[key] = value
+        return found
+
     def objects(self, name: str) -> list["Fields"]:
         """An array of objects, with field names in lower case."""
         found = []

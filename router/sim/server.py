@@ -8,7 +8,8 @@ from typing import Self
 
 from aiohttp import web
 
-from router.sim import guard
+from router.sim import audio, guard
+from router.sim.account import Account
 from router.sim.control import PREFIX, Control
 from router.sim.driver import Driver
 from router.sim.exchange import Broken, Exchange, Machine, Seen
@@ -16,11 +17,14 @@ from router.sim.faults import Fault, Faults
 from router.sim.models import SimSpec
 from router.sim.node import Scheduler
 from router.sim.request import Refused, parse
-from router.sim.routes import INFERENCE, serve
+from router.sim.routes import INFERENCE, serve, takes_uploads
 from router.sim.shelf import Shelf
 
 SEEN_MAX = 10_000
 _HEADER_LIMIT = 1 << 20
+# How long Go's server lets a client go on sending what it will not read.
+_LINGER_S = 0.5
+_CLOUD = SimSpec(num_parallel=1000, max_loaded=1000, memory_bytes=1 << 60, default_num_ctx=131_072)
 
 
 class SimNode:
@@ -43,7 +47,8 @@ class SimNode:
         self.faults = Faults()
         self.in_flight = 0
         self.peak_in_flight = 0
-        self._shelf = Shelf(self.spec.models)
+        self._account = Account(self.spec)
+        self._shelf = Shelf(self.spec.models, self._account)
         self._change = asyncio.Event()
         self._comeback: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
@@ -98,11 +103,14 @@ class SimNode:
         """Listen. Raises OSError when the port is taken."""
         loop = asyncio.get_running_loop()
         driver = Driver(Scheduler(self.spec, loop.time()), self._changed)
-        self._machine = Machine(self.spec, self._shelf, driver, self._changed)
+        remote = Driver(Scheduler(_CLOUD, loop.time()), self._changed)
+        self._machine = Machine(
+            self.spec, self._shelf, driver, remote, self._account, self._changed
+        )
         app = web.Application()
         control = Control(self.faults, self._state, self.release, self._refuse_for)
         app.router.add_route("*", PREFIX + "{tail:.*}", control.serve)
-        app.router.add_route("*", "/{tail:.*}", self._handle)
+        app.router.add_route("*", "/{tail:.*}", self._handle, expect_handler=_say_nothing)
         app.on_response_prepare.append(_drop_headers)
         self._runner = web.AppRunner(
             app,
@@ -110,6 +118,7 @@ class SimNode:
             auto_decompress=False,
             access_log=None,
             shutdown_timeout=1.0,
+            lingering_time=_LINGER_S,
             max_line_size=_HEADER_LIMIT,
             max_field_size=_HEADER_LIMIT,
         )
@@ -128,6 +137,7 @@ class SimNode:
             self._runner = None
         if self._machine is not None:
             self._machine.driver.close()
+            self._machine.remote.close()
 
     async def refuse(self, *, keep: web.Request | None = None) -> None:
         """Close the listening socket and break every connection but that of `keep`."""
@@ -210,13 +220,14 @@ class SimNode:
 
     async def _answer(self, exchange: Exchange, query: str, *, inference: bool) -> None:
         request = exchange.request
-        exchange.seen.body = b"".join([part async for part in request.content.iter_any()])
-        model = _model_named(exchange.body)
+        if not takes_uploads(request.method, exchange.path):
+            await exchange.receive()
+        model = _model_named(exchange)
         exchange.fault = self.faults.take(exchange.path, model, inference=inference)
-        if self.spec.check_host and not guard.admits(request.headers, self.spec.origins):
-            await exchange.empty(403)
-            return
         try:
+            if self.spec.check_host and not guard.admits(request.headers, self.spec.origins):
+                await exchange.empty(403)
+                return
             await exchange.misbehave_early()
             await serve(exchange, request.method, query)
         except Refused as error:
@@ -257,13 +268,23 @@ def _local(target: str) -> str:
     return "/" + rest.partition("/")[2]
 
 
-def _model_named(body: bytes) -> str | None:
+def _model_named(exchange: Exchange) -> str | None:
     """The model a request is about, as far as that can be read."""
+    content_type = exchange.seen.header("Content-Type") or ""
     try:
-        fields = parse(body)
-        return fields.text("model") or fields.text("name") or None
-    except Refused:
-        return None
+        if content_type.startswith("multipart/"):
+            return audio.parts(exchange.body, content_type).get("model", b"").decode() or None
+        fields = parse(exchange.body)
+        for name in ("model", "name", "source"):
+            if found := fields.text(name):
+                return found
+    except (Refused, UnicodeDecodeError):
+        pass
+    return None
+
+
+async def _say_nothing(request: web.Request) -> None:
+    """Leave the answer to `Expect: 100-continue` to whoever reads the body."""
 
 
 async def _drop_headers(request: web.Request, response: web.StreamResponse) -> None:

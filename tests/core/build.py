@@ -7,9 +7,11 @@ from router.core.node import Node
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
 from router.core.types import (
+    Digest,
     Model,
     NodeSpec,
     Observation,
+    Placement,
     PoolSpec,
     Rejected,
     Sign,
@@ -20,8 +22,9 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def spec(
-    name: str, url: str = "", *, slots: int = 1, weight: float = 1.0, models: tuple[str, ...] = ()
-) -> NodeSpec:
+    name: str, url: str = "", *, slots: int = 1, weight: float = 1.0, models: tuple[str, ...] = (),
+    labels: Mapping[str, str] | None = None, primary: bool = False, cloud: bool = False,
+) -> NodeSpec:  # fmt: skip
     """A node as the configuration would give it; without a url its name is its host."""
     url = url or f"http://{name}:11434"
     parts = urlsplit(url)
@@ -35,6 +38,9 @@ def spec(
         slots=slots,
         weight=weight,
         models=models,
+        labels=labels or {},
+        primary=primary,
+        cloud=cloud,
     )
 
 
@@ -75,13 +81,17 @@ def node(spec: NodeSpec, *keys: str, up: bool = True, in_flight: int = 0) -> Nod
 
 def topology(
     *pools: Iterable[NodeSpec],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str | tuple[str, ...]] | None = None,
+    placements: Iterable[Placement] = (),
+    digest: Digest = Digest.ANY,
     up_after: int = 2,
     down_after: int = 3,
 ) -> Topology:
     return Topology(
         pools=tuple(PoolSpec(f"pool-{i}", tuple(nodes)) for i, nodes in enumerate(pools)),
         aliases=aliases or {},
+        placements=tuple(placements),
+        digest=digest,
         up_after=up_after,
         down_after=down_after,
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from router.core import dialect
 from router.core.dialect import (
     ROUTES,
+    Asked,
     Call,
     Family,
     Framing,
@@ -53,20 +54,20 @@ OTHERS = {
     "/api/ps": ("GET", Kind.LOCAL, NATIVE),
     "/v1/models": ("GET", Kind.LOCAL, OPENAI),
     "/v1/models/:model": ("GET", Kind.LOCAL, OPENAI),
-    "/v1/audio/transcriptions": ("POST", Kind.UNBUILT, OPENAI),
-    "/api/pull": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/push": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/create": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/copy": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/delete": ("DELETE", Kind.UNBUILT, NATIVE),
-    "/api/blobs/:digest": ("HEAD POST", Kind.UNBUILT, NATIVE),
-    "/api/me": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/signout": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/user/keys/:key": ("DELETE", Kind.UNBUILT, NATIVE),
-    "/api/status": ("GET", Kind.UNBUILT, NATIVE),
-    "/api/experimental/web_search": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/experimental/web_fetch": ("POST", Kind.UNBUILT, NATIVE),
-    "/api/experimental/model-recommendations": ("GET", Kind.UNBUILT, NATIVE),
+    "/v1/audio/transcriptions": ("POST", Kind.ROUTED, OPENAI),
+    "/api/pull": ("POST", Kind.MANAGED, NATIVE),
+    "/api/push": ("POST", Kind.ROUTED, NATIVE),
+    "/api/create": ("POST", Kind.MANAGED, NATIVE),
+    "/api/copy": ("POST", Kind.MANAGED, NATIVE),
+    "/api/delete": ("DELETE", Kind.MANAGED, NATIVE),
+    "/api/blobs/:digest": ("HEAD POST", Kind.MANAGED, NATIVE),
+    "/api/me": ("POST", Kind.ROUTED, NATIVE),
+    "/api/signout": ("POST", Kind.ROUTED, NATIVE),
+    "/api/user/keys/:key": ("DELETE", Kind.ROUTED, NATIVE),
+    "/api/status": ("GET", Kind.ROUTED, NATIVE),
+    "/api/experimental/web_search": ("POST", Kind.ROUTED, NATIVE),
+    "/api/experimental/web_fetch": ("POST", Kind.ROUTED, NATIVE),
+    "/api/experimental/model-recommendations": ("GET", Kind.ROUTED, NATIVE),
 }
 
 MISSING = {
@@ -105,7 +106,9 @@ def test_routed(path: str, expected: tuple[Family, tuple[str, ...], bool | None]
 
 
 @pytest.mark.parametrize(("path", "expected"), OTHERS.items(), ids=OTHERS)
-def test_not_routed(path: str, expected: tuple[str, Kind, Family]) -> None:
+def test_routed_without_inference_or_not_routed(
+    path: str, expected: tuple[str, Kind, Family]
+) -> None:
     row = route(path)
     assert (" ".join(sorted(row.methods)), row.kind, row.family) == expected
 
@@ -401,6 +404,41 @@ REFUSED: dict[str, tuple[str, str, Rejected, int, str]] = {
         503,
         "cannot connect to any node that has model 'm': gpu-1, gpu-2",
     ),
+    "name and path pin different nodes": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.OUT_OF_SCOPE, (TWO,)),
+        400,
+        "the path leaves out the node that the model's name pins: gpu-2",
+    ),
+    "placed nowhere": (
+        "/api/pull",
+        "m",
+        Rejected(Refusal.NOT_PLACED, (ONE, TWO)),
+        400,
+        "no node may have model 'm': placement or models bar it from gpu-1, gpu-2",
+    ),
+    "no primary": (
+        "/api/me",
+        "",
+        Rejected(Refusal.UNMARKED, (ONE, TWO)),
+        400,
+        "no node is marked primary: set it on one of gpu-1, gpu-2",
+    ),
+    "not for the cloud": (
+        "/v1/chat/completions",
+        "m:cloud@gpu-1",
+        Rejected(Refusal.UNMARKED, (ONE,)),
+        400,
+        "no node may be asked for the cloud: it is not set on gpu-1",
+    ),
+    "too old": (
+        "/v1/messages",
+        "m",
+        Rejected(Refusal.TOO_OLD, (ONE, TWO), ("0.13.5", "0.12.0")),
+        501,
+        "/v1/messages needs Ollama 0.14.0: gpu-1 has 0.13.5, gpu-2 has 0.12.0",
+    ),
 }
 
 
@@ -520,3 +558,16 @@ def test_the_last_record_of_a_complete_answer_is_read_and_not_guessed(
     path: str, records: bytes, final: bool
 ) -> None:
     assert is_final(route(path), records) is final
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "target"),
+    [
+        ("/api/chat", "?a=%20", "/api/chat?a=%20"),
+        ("/api/user/keys/ab+c d", "", "/api/user/keys/ab%2Bc%20d"),
+    ],
+)
+def test_a_node_is_asked_for_the_path_that_was_asked_for(
+    path: str, query: str, target: str
+) -> None:
+    assert Asked(route(path), path, query).target == target

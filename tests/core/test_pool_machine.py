@@ -20,13 +20,14 @@ from hypothesis.stateful import (
 from router.core.names import parse, split_pin
 from router.core.node import TRANSITIONS
 from router.core.policy import Target
-from router.core.pool import Attempt, Lease, NodeView, Pool
+from router.core.pool import Attempt, Lease, Pool
 from router.core.types import (
     Failure,
     FailureKind,
     Flip,
     Health,
     NodeSpec,
+    NodeView,
     Observation,
     Outcome,
     PoolSpec,
