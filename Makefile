@@ -1,5 +1,6 @@
 # make demo    three simulated nodes and a router on loopback; no Ollama needed
 # make test    the whole test suite, warnings as errors
+# make test-live   what Ollama promises, asked of real nodes: OLLAMA_HOSTS=http://a:11434,http://b:11434
 # make check   lint, types, layers, tests and coverage: what CI runs
 # make run     the router with router.yaml
 # make bench-relay   what a relay costs, beside nginx, HAProxy and aiohttp
@@ -11,16 +12,21 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+JAVASCRIPT := tests/clients/node_modules/.package-lock.json
 
-.PHONY: demo test check lint types layers cover run bench-relay clean
+.PHONY: demo test test-live check lint types layers cover run bench-relay clean
 
 demo: $(READY)
 	@$(BIN)/ollamux demo
 
 # The processes that tests start are measured too (tool.coverage.run in pyproject.toml).
-test: $(READY)
+test: $(READY) $(JAVASCRIPT)
 	@rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest
+
+# OLLAMA_HOSTS and OLLAMA_TEST_MODEL, of the command line or the environment: docs/testing.md.
+test-live: $(READY)
+	$(BIN)/pytest -m live -q -rfExX tests/live
 
 check: lint types layers cover
 
@@ -42,6 +48,14 @@ cover: test
 bench-relay: $(READY)
 	$(BIN)/python -m bench.relay --rounds $(ROUNDS) $(ARGS)
 
+# The JavaScript clients, for the tests that run them under Node.js.
+$(JAVASCRIPT): tests/clients/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix tests/clients --silent --no-audit --no-fund && touch $@; \
+	else \
+		echo "npm is missing: the tests of the JavaScript clients will be skipped"; \
+	fi
+
 run: $(READY)
 	$(BIN)/ollamux serve --config $(CONFIG)
 
@@ -56,4 +70,4 @@ $(READY): pyproject.toml router/__init__.py
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) tests/clients/node_modules .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
