@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from aiohttp import hdrs, web
 
 from router import __version__
-from router.core import dialect
+from router.core import wording
 from router.core.pool import Pool
 from router.core.types import NodeView
 from router.dispatch import Clock
@@ -171,7 +171,7 @@ def _models(nodes: Sequence[NodeView]) -> Mapping[str, object]:
 
 def _json(status: int, value: object) -> web.Response:
     headers = {hdrs.CONTENT_TYPE: "application/json"}
-    return web.Response(status=status, body=dialect.dumps(value) + b"\n", headers=headers)
+    return web.Response(status=status, body=wording.dumps(value) + b"\n", headers=headers)
 
 
 def _error(status: int, message: str, allow: str | None = None) -> web.Response:

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from aiohttp import hdrs, web
 
-from router.core import dialect
+from router.core import dialect, wording
 from router.core.dialect import Family, Route
 
 
@@ -21,8 +21,8 @@ def error(family: Family, status: int, message: str) -> web.Response:
     """An error in the caller's dialect."""
     return web.Response(
         status=status,
-        body=dialect.error_body(family, status, message, new_request_id()),
-        headers={hdrs.CONTENT_TYPE: dialect.error_type(family)},
+        body=wording.error_body(family, status, message, new_request_id()),
+        headers={hdrs.CONTENT_TYPE: wording.error_type(family)},
     )
 
 

@@ -168,6 +168,7 @@ class App:
         await self._client_runner.cleanup()
         await self._admin_runner.cleanup()
         await self._upstream.close()
+        self._gate.ledger.settle()
 
     async def drain(self) -> None:
         """Not ready, no new connections; returns when no request is left."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from aiohttp import hdrs, web
 
-from router.core import dialect
+from router.core import wording
 from router.core.dialect import Asked, Family, Route
 from router.core.policy import Target
 from router.core.pool import Pool
@@ -37,7 +37,7 @@ class Catalog:
                 text = {hdrs.CONTENT_TYPE: "text/plain; charset=utf-8"}
                 return web.Response(body=b"Ollama is running", headers=text)
             case "/api/version":
-                return _json(dialect.dumps({"version": self._version(scope)}), route)
+                return _json(wording.dumps({"version": self._version(scope)}), route)
             case "/api/tags":
                 return _json(self._cached(asked, self._tags), route)
             case "/api/ps":
@@ -49,7 +49,7 @@ class Catalog:
 
     def fallback(self, route: Route) -> web.Response:
         """Answer what any node would, where none is up."""
-        return _json(dialect.dumps(_FALLBACKS[route.path]), route)
+        return _json(wording.dumps(_FALLBACKS[route.path]), route)
 
     def _cached(self, asked: Asked, build: Callable[[Scope | None], bytes]) -> bytes:
         if asked.scope is not None:
@@ -85,16 +85,16 @@ class Catalog:
         return _ordered(found, _CHANGED)
 
     def _tags(self, scope: Scope | None) -> bytes:
-        return dialect.dumps({"models": _entries(self._present(scope))})
+        return wording.dumps({"models": _entries(self._present(scope))})
 
     def _ps(self, scope: Scope | None) -> bytes:
         """One entry per name, as a single server has: the one that stays longest."""
         found = _latest((node.resident for node in self._up(scope)), _EXPIRES)
-        return dialect.dumps({"models": _entries(_ordered(found, _EXPIRES))})
+        return wording.dumps({"models": _entries(_ordered(found, _EXPIRES))})
 
     def _models(self, scope: Scope | None) -> bytes:
         data = [_openai(_name(model), model) for model in self._present(scope)]
-        return dialect.dumps({"object": "list", "data": data})
+        return wording.dumps({"object": "list", "data": data})
 
     def _model(self, asked: str, scope: Scope | None) -> bytes:
         """One model by any name that a request may use for it: alias, prefix and pin too."""
@@ -104,7 +104,7 @@ class Catalog:
         model = self._had(target, scope)
         if isinstance(model, Rejected):
             raise Refused(model, target.sent)
-        return dialect.dumps(_openai(asked, model))
+        return wording.dumps(_openai(asked, model))
 
     def _had(self, target: Target, scope: Scope | None) -> Model | Rejected:
         """The newest entry of this model on the nodes that a request for it may go to now."""

@@ -11,7 +11,7 @@ from itertools import chain
 import msgspec
 
 from router import log
-from router.core import dialect, retry
+from router.core import retry, wording
 from router.core.dialect import Asked, Framing
 from router.core.progress import SUCCESS, Progress, told
 from router.core.retry import Verdict
@@ -27,7 +27,7 @@ from router.upstream import Upstream, request_head
 from router.wire import Bytes
 
 _JSON = b"Content-Type: application/json; charset=utf-8\r\n"
-_DONE = dialect.dumps({"status": SUCCESS})
+_DONE = wording.dumps({"status": SUCCESS})
 _errors = msgspec.json.Decoder(dict[str, object]).decode
 Learn = Callable[[Sequence[NodeSpec]], Awaitable[None]]
 
@@ -269,7 +269,7 @@ class Fanout:
     def refuse(self, errand: Errand, status: int, text: str, ending: Ending) -> Reply:
         report = errand.report
         report.status, report.ending, report.error = status, ending, text
-        body = dialect.dumps({"error": text})
+        body = wording.dumps({"error": text})
         head = _JSON + errand.lines()
         reply = Reply(errand.request, status, _reason(status), head, len(body), last=errand.unread)
         reply.finish_with(b"" if report.method == "HEAD" else body)

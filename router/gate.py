@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 
 from router import answers, downstream, log
 from router.catalog import Catalog
-from router.core import dialect, retry
+from router.core import dialect, retry, wording
 from router.core.dialect import VIA, Asked, Family, Kind, Route
 from router.core.types import Need, Refusal, Rejected, Scope
 from router.cors import Cors
@@ -19,13 +19,17 @@ from router.dispatch import Clock, Refused
 from router.downstream import Network, Reply, Request
 from router.errors import ClientError, UpstreamError
 from router.guard import Guard
+from router.ledger import Ledger
 from router.log import Ending, Report
 from router.manage import Manage
 from router.metrics import Metrics
 from router.proxy import Proxy
 
 Answer = web.StreamResponse | Reply
-_LOCAL = Kind.LOCAL  # a look-up in the module is a third of the price of one in the enum
+_ROUTED, _LOCAL = (
+    Kind.ROUTED,
+    Kind.LOCAL,
+)  # a look-up in the module is a third of the price of one in the enum
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -51,11 +55,15 @@ class Gate:
     clock: Clock
     guard: Guard
     look: Callable[[Scope | None], Awaitable[None]]  # at what nodes have in memory, if it changed
+    ledger: Ledger = field(init=False)
     active: int = 0
     # Random per process and counted within it: unique, without asking the kernel each time.
     _run: str = field(default_factory=lambda: secrets.token_hex(6))
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.metrics.requests)
 
     async def idle(self) -> None:
         """Wait until no request is being answered."""
@@ -78,10 +86,8 @@ class Gate:
             self.active -= 1
             if not self.active:
                 self._quiet.set()
-            ended = self.clock()
-            self.metrics.requests.count(report, ended)
-            if self.settings.log is not None:
-                self.settings.log(report, ended)
+            self.ledger.tell = self.settings.log
+            self.ledger.enter(report, self.clock())
 
     async def _answer(self, request: Request, report: Report) -> Answer:
         route: Route | None = None
@@ -101,7 +107,8 @@ class Gate:
                 assert allowed is not None
                 asked = Asked(route, path, query, self._scope(pin))
                 if route.kind is not _LOCAL:
-                    return await self._forward(request, report, asked, allowed)
+                    forward = self.proxy.relay if route.kind is _ROUTED else self.manage.handle
+                    return await forward(request, report, asked, _lines(allowed))
                 answer = await self._listed(asked)
             elif pin is not None:
                 _lead_back(answer, pin)
@@ -117,15 +124,6 @@ class Gate:
             self._sign(answer, report)
         answer.headers.update(allowed or {})
         return answer
-
-    async def _forward(
-        self, request: Request, report: Report, asked: Asked, allowed: Mapping[str, str]
-    ) -> Answer:
-        """Answer what takes nodes; the headers of `allowed` are added to the answer."""
-        extra = "".join(f"{name}: {value}\r\n" for name, value in allowed.items()).encode()
-        if asked.route.kind is Kind.MANAGED:
-            return await self.manage.handle(request, report, asked, extra)
-        return await self.proxy.relay(request, report, asked, extra)
 
     async def _listed(self, asked: Asked) -> web.StreamResponse:
         if asked.route.path == "/api/ps":
@@ -179,7 +177,7 @@ class Gate:
         if route.need is Need.ANY and refusal in (Refusal.NODES_DOWN, Refusal.ALL_TRIED):
             return self._sign(self.catalog.fallback(route), report)
         report.reason = refusal.value
-        status, message = dialect.refusal(route, refused.model, refused.rejected)
+        status, message = wording.refusal(route, refused.model, refused.rejected)
         return self._refuse(report, route, status, message)
 
     def _mistaken(
@@ -216,6 +214,12 @@ class Gate:
         if report.attempts:
             response.headers["X-Ollamux-Attempts"] = str(report.attempts)
         return response
+
+
+def _lines(headers: Mapping[str, str]) -> bytes:
+    if not headers:
+        return b""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
 
 def _split(path: str) -> tuple[str, str]:

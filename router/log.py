@@ -49,7 +49,8 @@ class Report(msgspec.Struct, eq=False):
     """What is known of one request; times are seconds on the monotonic clock.
 
     `model` is a canonical name, `sent` the one that a node is told; `known` says whether a node
-    has it, so that it may become a metric label. `client` is an address.
+    has it, so that it may become a metric label. `client` is an address. `final`: the last records
+    of the answer, `chunks`: how many carried a part of it; `usage` is read from both.
     """
 
     id: str
@@ -69,6 +70,8 @@ class Report(msgspec.Struct, eq=False):
     ending: Ending = Ending.CANCELLED
     error: str = ""
     streamed: bool = False
+    final: bytes = b""
+    chunks: int = 0
     usage: Usage = NOTHING
 
 

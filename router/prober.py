@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from router.core import dialect, names
+from router.core import names, wording
 from router.core.dialect import VIA
 from router.core.pool import Pool
 from router.core.types import FailureKind, Flip, Model, NodeSpec, Observation, Sign
@@ -220,7 +220,7 @@ def _models(answer: Mapping[str, object] | _Bad | None) -> Mapping[str, Model] |
             continue
         try:
             key = names.parse(name).key
-            size = len(dialect.dumps(entry))
+            size = len(wording.dumps(entry))
         except (names.BadName, RecursionError):
             continue
         if size <= _MAX_ENTRY_BYTES:

@@ -12,7 +12,7 @@ from router.core.dialect import Asked, Call, Route
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
 from router.core.retry import Verdict
-from router.core.types import Failure, Need, Rejected
+from router.core.types import Failure, FailureKind, Need, Rejected
 from router.dispatch import Clock, Dispatch, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
@@ -66,7 +66,11 @@ class Proxy:
             before = self.clock()
             body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
             reading_s = self.clock() - before
-        call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
+        plain: bytes | bytearray
+        if len(body) <= dialect.QUICK_BYTES and not route.form and _is_plain(request):
+            call, plain = dialect.parse(route, body, exact_usage=settings.exact_usage), body
+        else:
+            call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
         target = self._target(asked, call, report)
         pieces = dialect.rename(plain, call, target.sent)
         if call.unloads and (holding := self.pool.holding(target)):
@@ -88,13 +92,7 @@ class Proxy:
                 if retry.decide(error.failure) is not Verdict.ELSEWHERE:
                     raise told from error
             except Refused as refused:
-                if (
-                    route.model_in and not call.model
-                ):  # any node would answer such a body with 400 or so
-                    message = "no model can be read" if body else "missing request body"
-                    raise ClientError(400, message) from None
-                refused.model = target.sent
-                raise
+                raise _reworded(refused, call, target, body) from None
 
     def _target(self, asked: Asked, call: Call, report: Report) -> Target:
         need, since = asked.route.need, asked.route.since
@@ -109,6 +107,20 @@ class Proxy:
             report.model, report.sent = target.model.key, target.sent
             report.known = target.known
         return target
+
+
+def _reworded(
+    refused: Refused, call: Call, target: Target, body: bytes | bytearray
+) -> Refused | ClientError:
+    """What the client is told where no node could be asked."""
+    if call.route.model_in and not call.model:  # any node would answer such a body with 400 or so
+        return ClientError(400, "no model can be read" if body else "missing request body")
+    refused.model = target.sent
+    return refused
+
+
+def _is_plain(request: Request) -> bool:
+    return "Content-Encoding" not in request.headers
 
 
 async def _ask(
@@ -167,6 +179,8 @@ class _Passage:
             try:
                 exchange = await self._open(lease)
                 try:
+                    if exchange.status == 503 and self._others(lease):
+                        raise UpstreamError(Failure(FailureKind.BUSY, detail="busy"))
                     self.relay = Relay(
                         self.request, self.call.route, proxy.settings.relay, report, proxy.clock,
                         withholds=self.call.usage is not None,
@@ -179,6 +193,15 @@ class _Passage:
                 raise
         report.ending = log.ending(response.status)
         return response
+
+    def _others(self, lease: Lease) -> bool:
+        """Whether a node is left that could be asked instead of this one. The last one's answer
+        is the client's, in its own words."""
+        if self.asked.route.need is _PRIMARY:
+            return False
+        found = self.proxy.pool.eligible(self.target)
+        tried = {lease.node.url, *self.tried}
+        return not isinstance(found, Rejected) and any(node.url not in tried for node in found)
 
     async def _open(self, lease: Lease) -> Exchange:
         """Send the request; over a fresh connection if a kept one proves to be stale, and at

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.answers import new_request_id
-from router.core import dialect, usage
+from router.core import dialect, usage, wording
 from router.core.dialect import Framing, Route
 from router.core.types import Failure, FailureKind
 from router.downstream import Reply, Request
@@ -89,8 +89,8 @@ class Relay:
                 return await self._hold(exchange, length)
             return await self._stream(exchange)
         finally:
-            told = usage.read(self._told or self._before + self._last)
-            report.usage = usage.counted(told, self._chunks)
+            report.final = self._told or self._before + self._last
+            report.chunks = self._chunks
 
     def _make(self, length: int | None) -> Reply:
         report = self._report
@@ -206,7 +206,7 @@ class Relay:
             reply.cut()
             return reply
         status = 504 if failure.kind is FailureKind.STALLED else 502
-        record = dialect.error_record(self._route, self._framing, status, message, new_request_id())
+        record = wording.error_record(self._route, self._framing, status, message, new_request_id())
         reply.finish_with(record)
         return reply
 

@@ -54,6 +54,7 @@ class Rig:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """Everything logged so far, as parsed JSON lines."""
+        self.app._gate.ledger.settle()
         for handler in logging.getLogger().handlers:
             handler.flush()
         return [json.loads(line) for line in self.output.getvalue().splitlines()]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from router.core import dialect
+from router.core import dialect, wording
 from router.sim import Fault, FaultKind
 from tests.rig import MODEL, Answer, Rig, model, rig, spec, talk
 
@@ -107,7 +107,7 @@ async def test_a_death_before_the_first_record_is_a_502(
         answer = await ask(r, path, stream=stream)
         assert answer.status == 502
         family = next(route.family for route in dialect.ROUTES if route.path == path)
-        shape = json.loads(dialect.error_body(family, 502, "", "")).keys()
+        shape = json.loads(wording.error_body(family, 502, "", "")).keys()
         assert json.loads(answer.body).keys() == shape
         assert await outcome(r) == "failed"
 

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from router.core import dialect
+from router.core import dialect, wording
 from router.core.dialect import Family
 from tests.rig import MODEL, Answer, Rig, model, rig, spec, talk
 
@@ -214,7 +214,7 @@ def _check_dialect(sent: Sent, answer: Answer) -> None:
     native = isinstance(value["error"], str)
     if any(line.lower().startswith(b"content-encoding") for line in sent.headers) and native:
         return  # what cannot be unpacked is refused before the dialect, as Ollama does
-    assert value.keys() == json.loads(dialect.error_body(family, 400, "", "")).keys(), (
+    assert value.keys() == json.loads(wording.error_body(family, 400, "", "")).keys(), (
         sent,
         answer,
     )

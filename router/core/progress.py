@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from router.core import dialect
+from router.core import wording
 
 _record = msgspec.json.Decoder(dict[str, object]).decode
 SUCCESS = "success"
@@ -103,8 +103,8 @@ class Progress:
     def outcome(self) -> bytes:
         """The last record: `success`, or an error that says where it failed and where not."""
         if not self.failures:
-            return dialect.dumps({"status": SUCCESS}) + b"\n"
-        return dialect.dumps({"error": told(self.failures, self.done)}) + b"\n"
+            return wording.dumps({"status": SUCCESS}) + b"\n"
+        return wording.dumps({"error": told(self.failures, self.done)}) + b"\n"
 
     def _status(self, part: _Part, status: str, line: bytes) -> Iterable[bytes]:
         part.said.add(status)
@@ -147,7 +147,7 @@ class Progress:
         merged = {**layer.record, **counts}
         # Ollama leaves out what is zero.
         shown = {k: v for k, v in merged.items() if v or k not in counts}
-        return (dialect.dumps(shown) + b"\n",)
+        return (wording.dumps(shown) + b"\n",)
 
     def _settled(self) -> Iterable[bytes]:
         """What a node's end brings: nobody waits any more for its layers and words."""

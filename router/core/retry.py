@@ -15,6 +15,7 @@ class Verdict(enum.Enum):
 
 _STATUS = {
     FailureKind.REFUSED: 503,
+    FailureKind.BUSY: 503,
     FailureKind.CONNECT: 503,
     FailureKind.RESET: 502,
     FailureKind.GARBAGE: 502,

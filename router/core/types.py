@@ -124,6 +124,7 @@ class FailureKind(enum.StrEnum):
     """What went wrong between the router and a node."""
 
     REFUSED = "refused"  # nobody listens there
+    BUSY = "busy"  # it answered that it takes no more
     CONNECT = "connect"  # no route, no name, TLS refused, connect limit passed
     RESET = "reset"  # the connection ended before the answer was whole
     GARBAGE = "garbage"  # what came back is not HTTP, or is framed wrongly

@@ -28,7 +28,7 @@ _ASKED = {
 }
 
 pytestmark = pytest.mark.skipif(
-    _NODE is None or not (_HERE / "node_modules").is_dir(),
+    _NODE is None or not (_HERE / "node_modules" / "openai").is_dir(),
     reason="the JavaScript clients need node and npm (`make test` installs them where npm is)",
 )
 

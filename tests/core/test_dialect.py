@@ -16,17 +16,13 @@ from router.core.dialect import (
     Framing,
     Kind,
     Route,
-    dumps,
-    error_body,
-    error_record,
-    error_type,
     find,
     is_final,
     parse,
-    refusal,
     rename,
 )
 from router.core.types import Refusal, Rejected
+from router.core.wording import dumps, error_body, error_record, error_type, refusal
 from tests.core.build import spec
 
 NATIVE, OPENAI, ANTHROPIC = Family.NATIVE, Family.OPENAI, Family.ANTHROPIC

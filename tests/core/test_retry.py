@@ -19,6 +19,7 @@ def failure(kind: FailureKind, flags: str) -> Failure:
     ("kind", "flags", "verdict"),
     [
         (K.REFUSED, "", ELSEWHERE),
+        (K.BUSY, "", ELSEWHERE),
         (K.CONNECT, "", ELSEWHERE),
         (K.RESET, "", ELSEWHERE),
         (K.RESET, "reused", FRESH),
@@ -61,6 +62,7 @@ def test_a_fresh_connection_is_tried_only_after_a_kept_one(kind: FailureKind, se
     ("kind", "expected"),
     [
         (K.REFUSED, 503),
+        (K.BUSY, 503),
         (K.CONNECT, 503),
         (K.RESET, 502),
         (K.GARBAGE, 502),

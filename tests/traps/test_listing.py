@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from router.core import dialect
+from router.core import wording
 from router.core.dialect import Family
 from router.sim import Fault, FaultKind
 from tests.rig import MODEL, model, rig, spec, talk
@@ -123,7 +123,7 @@ async def test_trap_50_too_old_does_not_look_like_a_missing_model(path: str) -> 
         told = await ask(r, path)
         assert (told.status, posts(r)) == (501, 0)
         assert "0.12.0" in told.error
-        shape = json.loads(dialect.error_body(family(path), 501, "", ""))
+        shape = json.loads(wording.error_body(family(path), 501, "", ""))
         assert told.value.keys() == shape.keys()
         assert told.value["error"]["type"] == "api_error"
         missing = await ask(r, path, "nope")

@@ -94,7 +94,6 @@ async def test_trap_14_requests_in_flight_are_counted_by_the_router_itself() -> 
         assert {one.result().status for one in asked} == {200}
 
 
-@pytest.mark.xfail(strict=True, reason="an answer with a status is passed on, whatever it says")
 async def test_trap_14_a_busy_nodes_503_is_not_passed_on_while_another_is_idle() -> None:
     async with rig(spec(), spec()) as r:
         r.nodes[0].fault = Fault(K.STATUS, status=503, message="server busy, please try again.")

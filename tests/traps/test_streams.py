@@ -10,7 +10,7 @@ import ollama
 import openai
 import pytest
 
-from router.core import dialect
+from router.core import dialect, wording
 from router.sim import Fault, FaultKind
 from tests.rig import MODEL, Peer, Rig, parsed, rig, scripted, spec, talk
 from tests.test_metrics import scrape, total
@@ -174,7 +174,7 @@ async def test_trap_36_a_stream_that_broke_does_not_look_complete(path: str, aft
         assert route is not None
         assert not dialect.is_final(route, told.body)
         data = records[-1].rpartition(b"data: ")[2]
-        shape = json.loads(dialect.error_body(family(path), 502, "", "")).keys()
+        shape = json.loads(wording.error_body(family(path), 502, "", "")).keys()
         assert json.loads(data).keys() == shape
         # What an official client's parser meets before it is whole records only.
         for record in records[:-1]:
