@@ -30,7 +30,7 @@ class Ledger:
         """Count and tell all that was entered."""
         entries, self._ended = self._ended, []
         for report, ended in entries:
-            if report.final:
+            if report.final or report.chunks:
                 report.usage = usage.counted(usage.read(report.final), report.chunks)
             self._tally.count(report, ended)
             if self.tell is not None:

@@ -152,8 +152,17 @@ class Relay:
             data = self._withhold(data)
             if not data:
                 return True
-        self._chunks += data.count(self._chunk)
-        return self._take(data)
+        chunks = data.count(self._chunk)
+        self._chunks += chunks
+        if chunks != 1 or data.find(self._record_end) + len(self._record_end) != len(data):
+            return self._take(data)
+        # A record of the answer's text, alone, tells nothing else. It is let go at once: what
+        # each of thousands of streams kept of it would be out of the processor's caches by the
+        # time it is freed.
+        if self._last:
+            self._before = self._last = b""
+        reply = self._reply
+        return self._take(data) if reply is None else reply.push(data)
 
     def _withhold(self, data: bytes) -> bytes:
         """What the client gets of it. There is one event of counts, so it is looked for once."""
