@@ -23,6 +23,7 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 _DIGESTS_IN = ("files", "draft_files", "adapters")
 # A model of several files is sent blob after blob: all of them must come to the same nodes.
 _BUILD_S = 3600.0
+_BLOBS_MAX = 1000  # of one model: each is asked for
 _END = b""
 
 
@@ -121,7 +122,10 @@ class Builds:
     async def having(
         self, nodes: Sequence[NodeSpec], errand: Errand, digests: Iterable[str]
     ) -> Sequence[NodeSpec]:
-        """Those of the nodes that have all of these blobs."""
+        """Those of the nodes that have all of these blobs. Raises ClientError for too many."""
+        digests = list(digests)
+        if len(digests) > _BLOBS_MAX:
+            raise ClientError(400, f"a model is made of at most {_BLOBS_MAX} blobs here")
         for digest in digests:
             blob = replace(errand, target=f"/api/blobs/{digest}", body=())
             said = await self.fanout.ask(nodes, blob, "HEAD")

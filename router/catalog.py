@@ -53,12 +53,20 @@ class Catalog:
 
     def _cached(self, asked: Asked, build: Callable[[Scope | None], bytes]) -> bytes:
         if asked.scope is not None:
+            self._check(asked.scope)
             return build(asked.scope)
         revision = self._pool.revision
         built = self._built.get(asked.path)
         if built is None or built[0] != revision:
             built = self._built[asked.path] = (revision, build(None))
         return built[1]
+
+    def _check(self, scope: Scope) -> None:
+        """Raises Refused where none of the nodes that a path pins is up."""
+        if not self._up(scope):
+            nodes = tuple(node for node in self._pool.specs() if node.url in scope.urls)
+            refusal = Refusal.PIN_DOWN if len(nodes) == 1 else Refusal.NODES_DOWN
+            raise Refused(Rejected(refusal, nodes))
 
     def _up(self, scope: Scope | None) -> list[NodeView]:
         nodes = [node for node in self._pool.snapshot() if node.up and not node.leaving]

@@ -65,8 +65,8 @@ class Reply:
     """
 
     __slots__ = (
-        "_chunked", "_ended", "_head", "_protocol", "_request", "_rest", "begun", "keep_alive",
-        "status",
+        "_chunked", "_empty", "_ended", "_head", "_protocol", "_request", "_rest", "begun",
+        "keep_alive", "status",
     )  # fmt: skip
 
     def __init__(
@@ -86,7 +86,7 @@ class Reply:
         self._ended = False
         self._rest = b""
         modern = request.version >= aiohttp.HttpVersion11
-        empty = status in (204, 304)
+        self._empty = empty = status in (204, 304)
         self._chunked = modern and length is None and not empty
         delimited = modern or empty or length is not None
         self.keep_alive = request.keep_alive and delimited and not (last or request.last)
@@ -107,6 +107,8 @@ class Reply:
         """Write a piece of the body; says whether the client takes more for now."""
         if self._chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
+        elif self._empty:  # a body would be taken for the next response
+            data = b""
         if not self.begun:
             self.begun = True
             self._request.writer.output_size = 1  # aiohttp then adds no answer of its own

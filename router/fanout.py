@@ -11,8 +11,8 @@ from itertools import chain
 import msgspec
 
 from router import log
-from router.core import retry, wording
-from router.core.dialect import Asked, Framing
+from router.core import dialect, retry, wording
+from router.core.dialect import Asked, Call, Framing
 from router.core.progress import SUCCESS, Progress, told
 from router.core.retry import Verdict
 from router.core.types import Failure, FailureKind, NodeSpec
@@ -112,6 +112,12 @@ class Said:
     def worded(self, *, alone: bool) -> str:
         """The error as the client is told it; of several nodes the names are told anyway."""
         return f"node {self.node.name}: {self.text}" if alone and self.failure else self.text
+
+
+async def renamed(body: bytes | bytearray, call: Call, sent: str) -> tuple[Bytes, ...]:
+    """The body as a node is sent it. A large one is edited beside the event loop."""
+    rename = partial(dialect.rename, body, call, sent)
+    return rename() if len(body) <= dialect.QUICK_BYTES else await asyncio.to_thread(rename)
 
 
 @contextlib.asynccontextmanager
@@ -303,7 +309,7 @@ class _Story:
         return said
 
     async def _hear(self, node: NodeSpec, exchange: Exchange) -> Said:
-        if exchange.status >= 300 or read_head(exchange.headers)[1] is not Framing.NDJSON:
+        if exchange.status != 200 or read_head(exchange.headers)[1] is not Framing.NDJSON:
             said = await self.fanout.whole(node, exchange)
             if said.ok:
                 await self._tell(self.progress.take(node.name, _DONE))

@@ -15,7 +15,7 @@ from router.core.types import NodeSpec, Refusal, Rejected, Scope
 from router.dispatch import Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError
-from router.fanout import Errand, Fanout
+from router.fanout import Errand, Fanout, renamed
 from router.log import Report
 
 # What the same name must not be read as an alias for: a change of an alias's model is a surprise.
@@ -47,7 +47,7 @@ class Manage:
         target = self._target(call, asked.scope)
         assert target.model is not None  # a resolved name
         report.model, report.sent, report.known = target.model.key, target.sent, target.known
-        errand.body = dialect.rename(body, call, target.sent)
+        errand.body = await renamed(body, call, target.sent)
         try:
             match route.path:
                 case "/api/pull":
@@ -99,12 +99,12 @@ class Manage:
         if made_of.digests:
             nodes = await self.builds.having(homes, errand, made_of.digests) or homes[:1]
         if made_of.base.model:
-            nodes = self._from(errand, made_of.base, body, nodes)
+            nodes = await self._from(errand, made_of.base, body, nodes)
         if target.pin is None and target.scope is None:
             nodes = nodes[: self.fanout.settings.create_to]
         return await self.fanout.follow(nodes, errand, streams=call.streams)
 
-    def _from(
+    async def _from(
         self, errand: Errand, base: Call, body: bytes, nodes: Sequence[NodeSpec]
     ) -> Sequence[NodeSpec]:
         """Those of the nodes that have the model it is made from, or all where none has it; and
@@ -112,7 +112,7 @@ class Manage:
         source = self.pool.resolve(base.model, errand.asked.scope)
         if isinstance(source, Rejected):
             raise Refused(source, base.model)
-        errand.body = dialect.rename(body, base, source.sent)
+        errand.body = await renamed(body, base, source.sent)
         holders = self.pool.holders(source)
         if isinstance(holders, Rejected):
             if source.pin is not None and errand.asked.scope is None:

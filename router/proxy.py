@@ -17,13 +17,14 @@ from router.dispatch import Clock, Dispatch, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
 from router.exchange import Exchange
-from router.fanout import Errand, Fanout
+from router.fanout import Errand, Fanout, renamed
 from router.headers import TO_NODE, Header, named, without
 from router.log import Report
 from router.relay import Limits, Relay
 from router.upstream import Upstream, request_head
 
 _ENCODING = frozenset((b"content-encoding",))
+_UNPACKS = (0, 18, 0)  # the first version that takes compressed bodies everywhere on /v1
 _PRIMARY = Need.PRIMARY  # a look-up in the module is a third of the price of one in the enum
 
 
@@ -71,14 +72,17 @@ class Proxy:
             call, plain = dialect.parse(route, body, exact_usage=settings.exact_usage), body
         else:
             call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
-        target = self._target(asked, call, report)
-        pieces = dialect.rename(plain, call, target.sent)
+        since = asked.route.since if plain is body else max(asked.route.since, _UNPACKS)
+        target = self._target(asked, since, call, report)
+        if len(plain) <= dialect.QUICK_BYTES:
+            pieces = dialect.rename(plain, call, target.sent)
+        else:
+            pieces = await renamed(plain, call, target.sent)
         if call.unloads and (holding := self.pool.holding(target)):
             errand = Errand(request, report, asked, extra, asked.target, pieces)
             return await self.fanout.tell(holding, errand)
         unpacked = plain is not body and pieces != (plain,)
-        if plain is not body and not unpacked:
-            pieces = (body,)
+        pieces = pieces if unpacked or plain is body else (body,)
         passage = _Passage(self, request, report, call, asked, target, extra, pieces, reading_s)
         passage.unpacked = unpacked
         while True:
@@ -94,8 +98,8 @@ class Proxy:
             except Refused as refused:
                 raise _reworded(refused, call, target, body) from None
 
-    def _target(self, asked: Asked, call: Call, report: Report) -> Target:
-        need, since = asked.route.need, asked.route.since
+    def _target(self, asked: Asked, since: tuple[int, ...], call: Call, report: Report) -> Target:
+        need = asked.route.need
         target = (
             self.pool.resolve(call.model, asked.scope, need, since)
             if call.model

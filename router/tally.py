@@ -22,6 +22,7 @@ _FINE_SECONDS = (0.0001, 0.00025, 0.0005, *SECONDS)
 _WHERE = ("endpoint", "model", "node")
 # load_duration of a warm model is a few milliseconds; anything longer had to load.
 _COLD_LOAD_S = 0.1
+_SEVERAL = "several"  # the node of a request that went to more than one
 # A look-up in the module is a third of the price of one in the enum.
 _OK, _NODE = Ending.OK, Source.NODE
 
@@ -96,7 +97,9 @@ class Tally(Collector):
     def count(self, report: Report, ended: float) -> None:
         """Add a request that ended at `ended` (monotonic seconds)."""
         model = report.model if report.known or not report.model else "unknown"
-        where = (report.endpoint, model, report.node)
+        # Sets of nodes would be as many label values as there are sets.
+        node = report.node if "," not in report.node else _SEVERAL
+        where = (report.endpoint, model, node)
         place = self._places.get(where)
         if place is None:
             place = self._places[where] = _Place()

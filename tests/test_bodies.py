@@ -42,6 +42,14 @@ async def post(
 # zstd
 
 
+async def test_a_node_too_old_to_unpack_is_not_asked() -> None:
+    async with rig(spec(version="0.17.4"), spec(version="0.18.0")) as r:
+        body = zstd.compress(asked("/v1/chat/completions"), 1)
+        for _ in range(3):
+            assert (await post(r, "/v1/chat/completions", body))[:2] == (200, "n2")
+        assert not r.nodes[0].calls("/v1/chat/completions")
+
+
 @pytest.mark.parametrize("name", [MODEL, OTHER])
 @pytest.mark.parametrize("path", PACKED)
 async def test_a_compressed_body_goes_unchanged_to_a_node_that_has_its_model(

@@ -41,6 +41,7 @@ def test_knows_what_no_stranger_can_have(host: str) -> None:
         "0x7f.1", "2130706433", "[::ffff:8.8.8.8]", "[evil.org]", "[::1].evil.org", "[::1]evil:80",
         "localhost:80:80", "a@localhost", "evil.org/localhost", "\udcff",
         "\u0661.0.0.1", "10.1", "[fe80::1%eth9]",
+        "[2001:db8::1%\udcff]",
     ],
 )  # fmt: skip
 def test_knows_no_stranger(host: str) -> None:

@@ -9,7 +9,7 @@ import ollama
 import pytest
 
 from router.sim import Fault, FaultKind, SimNode
-from tests.rig import MODEL, Rig, model, rig, spec, talk
+from tests.rig import MODEL, Peer, Rig, model, rig, scripted, spec, talk
 
 PHI = model("phi:latest", size_bytes=1000)
 NOT_THERE = "pull model manifest: file does not exist"
@@ -528,3 +528,40 @@ class TestAllow:
                 if method != "HEAD":
                     assert "does not allow" in (await answer.json())["error"]
             assert {seen.method for seen in made.nodes[0].seen} == {"GET"}
+
+
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\nContent-Type: application/x-ndjson\r\nDate: now\r\n\r\n"
+
+
+async def test_a_progress_without_content_does_not_run_into_the_next_answer() -> None:
+    async def act(peer: Peer) -> None:
+        await peer.say(NO_CONTENT)
+
+    async with (
+        scripted(act) as url,
+        rig(entries=[{"url": url}]) as made,
+        talk(made.url) as client,
+    ):
+        await client.post("/api/pull", json.dumps({"model": "phi"}).encode())
+        answer = await client.answer()
+        assert (answer.status, answer.body) == (204, b"")
+        await client.send(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await client.answer()).status == 200
+
+
+async def test_a_model_of_very_many_blobs_is_refused_before_nodes_are_asked() -> None:
+    files = {f"f{n}": f"sha256:{n:064x}" for n in range(1001)}
+    async with rig() as made:
+        body = {"model": "big", "files": files}
+        async with made.session.post(f"{made.url}/api/create", json=body) as answer:
+            assert answer.status == 400
+            assert "at most 1000 blobs" in (await answer.json())["error"]
+        assert not [seen for seen in made.nodes[0].seen if seen.method == "HEAD"]
+
+
+async def test_a_set_of_nodes_is_no_label() -> None:
+    async with rig(spec(), spec()) as made:
+        await pull(made)
+        metrics = await made.metrics()
+        assert 'endpoint="/api/pull",model="unknown",node="several"' in metrics
+        assert "n1,n2" not in metrics

@@ -304,6 +304,18 @@ async def test_status_and_recommendations_are_answered_with_every_node_down() ->
         assert (await ask(r, "GET", "/@n1/api/status"))[0] == 503, "a pin means that node"
 
 
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/v1/models"])
+async def test_the_lists_of_a_pinned_node_that_is_down_are_no_empty_lists(path: str) -> None:
+    async with rig(spec(), spec()) as r:
+        await down(r, 1)
+        status, _, told = await ask(r, "GET", f"/@n2{path}")
+        assert status == 503
+        assert f"cannot connect to Ollama server at {r.nodes[1].url}" in json.dumps(told)
+        assert (await ask(r, "GET", path))[0] == 200
+        await down(r, 0)
+        assert (await ask(r, "GET", f"/@default{path}"))[0] == 503
+
+
 # Versions
 
 

@@ -14,6 +14,11 @@ _record = msgspec.json.Decoder(dict[str, object]).decode
 SUCCESS = "success"
 
 
+# No model has as many layers, and no node as many words.
+_KNOWN_MAX = 2000
+_COUNT_MAX = (1 << 63) - 1
+
+
 @dataclass(slots=True)
 class _Part:
     """What one node has told. `running`: its stream goes on; `done`: it has said `success`."""
@@ -82,6 +87,8 @@ class Progress:
             return self._settled()
         if len(self._parts) == 1:
             return (line if line.endswith(b"\n") else line + b"\n",)
+        if len(part.said) + len(part.layers) > _KNOWN_MAX:
+            return self.fail(node, "its progress has no end")
         digest = record.get("digest")
         if isinstance(digest, str):
             return self._layer(part, digest, record)
@@ -111,11 +118,11 @@ class Progress:
         if status in self._told:
             return ()
         self._held.setdefault(status, line if line.endswith(b"\n") else line + b"\n")
-        return list(self._ripe())
+        return list(self._ripe((status,)))
 
-    def _ripe(self) -> Iterable[bytes]:
-        """The statuses held so far that are true of every node, or need not wait for that."""
-        for status in list(self._held):
+    def _ripe(self, statuses: Iterable[str]) -> Iterable[bytes]:
+        """Those of the statuses held that are true of every node, or need not wait for that."""
+        for status in statuses:
             if not self._layers or all(part.says(status) for part in self._parts.values()):
                 self._told.add(status)
                 yield self._held.pop(status)
@@ -152,7 +159,7 @@ class Progress:
     def _settled(self) -> Iterable[bytes]:
         """What a node's end brings: nobody waits any more for its layers and words."""
         moved = [line for digest in self._layers for line in self._moved(digest, fresh=False)]
-        return [*moved, *self._ripe()]
+        return [*moved, *self._ripe(tuple(self._held))]
 
 
 def told(failures: Mapping[str, str], done: Sequence[str]) -> str:
@@ -173,4 +180,4 @@ def told(failures: Mapping[str, str], done: Sequence[str]) -> str:
 
 def _count(record: Mapping[str, object], name: str) -> int:
     value = record.get(name)
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value <= _COUNT_MAX else 0

@@ -189,3 +189,22 @@ def test_bars_never_go_back_and_are_full_if_all_went_well(run: list[tuple[str, b
     statuses = [one["status"] for one in records if "digest" not in one]
     assert len(statuses) == len(set(statuses))
     assert set(statuses) == {"pulling manifest", "writing"}
+
+
+@pytest.mark.parametrize("huge", [1 << 63, 10**400])
+def test_counts_that_no_client_can_hold_are_none(huge: int) -> None:
+    progress = Progress(["a", "b"])
+    assert counts(progress.take("a", layer(huge, huge))) == [0]
+    assert counts(progress.take("b", layer(50))) == [25]
+    assert list(progress.take("a", layer(huge))) == []
+
+
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_node_whose_progress_has_no_end_is_given_up(digest: bool) -> None:
+    progress = Progress(["a", "b"])
+    said(progress.take("a", layer(1)))
+    for number in range(3000):
+        record = layer(1, digest=str(number)) if digest else line(f"status {number}")
+        said(progress.take("a", record))
+    said(progress.take("b", line("success")))
+    assert end(progress) == {"error": "a: its progress has no end; done on b"}
