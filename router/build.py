@@ -102,7 +102,9 @@ class Builds:
                 group.create_task(self._send(errand, one.node, branch))
                 for one, branch in zip(lacking, branches, strict=True)
             ]
-            await tee(source, branches)
+            feeding = group.create_task(tee(source, branches))
+            await asyncio.wait(tasks)
+            feeding.cancel()  # all have answered: what the client has yet to send goes nowhere
         said = [task.result() for task in tasks]
         errand.name([one.node for one in (*having, *said) if one.ok] or [o.node for o in said])
         self._until = max(self._until, fanout.clock() + _BUILD_S)  # it may have taken hours

@@ -1,5 +1,7 @@
 """Managing models on a pool: pull, create, copy, delete and blobs, over simulated nodes."""
 
+import asyncio
+import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -565,3 +567,41 @@ async def test_a_set_of_nodes_is_no_label() -> None:
         metrics = await made.metrics()
         assert 'endpoint="/api/pull",model="unknown",node="several"' in metrics
         assert "n1,n2" not in metrics
+
+
+FULL = b"HTTP/1.1 507 Insufficient Storage\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfull"
+
+
+@contextlib.asynccontextmanager
+async def full() -> AsyncIterator[str]:
+    """A node that takes no blob, and says so without waiting for it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            lists = b'{"version":"0.33.0","models":[]}'
+            missing = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            well = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+            answers = {b"HEAD": missing, b"POST": FULL, b"GET": well % len(lists) + lists}
+            writer.write(answers[head.split(b" ", 1)[0]])
+            await writer.drain()
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def test_when_all_nodes_have_answered_the_client_need_not_send_the_rest() -> None:
+    async with (
+        full() as one,
+        full() as two,
+        rig(spec(), spec(), entries=[{"url": one}, {"url": two}]) as made,
+        talk(made.url) as client,
+    ):
+        head = f"POST {BLOB} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n\r\n"
+        await client.send(head.encode() + b"x" * 1000)
+        assert (await client.answer()).status == 507
