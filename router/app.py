@@ -28,6 +28,8 @@ from router.fanout import Settings as ManageSettings
 from router.gate import Gate
 from router.gate import Settings as GateSettings
 from router.guard import Guard
+from router.ledger import Ledger
+from router.log import Report
 from router.manage import Manage
 from router.metrics import Metrics
 from router.prober import Prober
@@ -91,11 +93,11 @@ class App:
             proxy=proxy,
             catalog=Catalog(self.pool),
             manage=Manage(self.pool, fanout, Builds(self.pool, fanout)),
-            metrics=self.metrics,
             settings=_gate_settings(config),
             clock=clock,
             guard=self._guard,
             look=self._look,
+            ledger=Ledger(self.metrics.requests, _tell(config)),
         )
         self.prober = Prober(
             pool=self.pool,
@@ -191,6 +193,7 @@ class App:
             head_timeout_s=config.timeouts.head_timeout_s,
         )
         self._gate.settings = _gate_settings(config)
+        self._gate.ledger.tell = _tell(config)
         self._gate.proxy.settings = _proxy_settings(config)
         self._gate.manage.fanout.settings = _manage_settings(config)
         self.prober.reconfigure(_probe_settings(config))
@@ -267,7 +270,6 @@ def _gate_settings(config: Config) -> GateSettings:
         trusted=tuple(config.trusted),
         cors=Cors(config.cors.origins),
         barred=_barred(config.manage),
-        log=log.requests() if config.log.requests else None,
     )
 
 
@@ -283,30 +285,33 @@ def _barred(manage: ManageEntry) -> frozenset[str]:
     return frozenset(path for path, verb in verbs.items() if not verb.allow)
 
 
-def _manage_settings(config: Config) -> ManageSettings:
+def _limits(config: Config) -> Limits:
     limits, timeouts = config.limits, config.timeouts
-    pull, create = config.manage.pull.to, config.manage.create.to
-    return ManageSettings(
-        relay=Limits(limits.max_held_bytes, limits.max_record_bytes),
-        max_body_bytes=limits.max_body_bytes,
+    return Limits(
+        held_bytes=limits.max_held_bytes,
+        record_bytes=limits.max_record_bytes,
+        body_bytes=limits.max_body_bytes,
         stalled_body_s=timeouts.stalled_body_s,
         first_byte_s=timeouts.first_byte_s,
         between_s=timeouts.between_records_s,
+    )
+
+
+def _manage_settings(config: Config) -> ManageSettings:
+    pull, create = config.manage.pull.to, config.manage.create.to
+    return ManageSettings(
+        limits=_limits(config),
         pull_to=None if pull == "all" else pull,
         create_to=None if create == "all" else create,
     )
 
 
 def _proxy_settings(config: Config) -> ProxySettings:
-    limits, timeouts = config.limits, config.timeouts
-    return ProxySettings(
-        relay=Limits(limits.max_held_bytes, limits.max_record_bytes),
-        max_body_bytes=limits.max_body_bytes,
-        stalled_body_s=timeouts.stalled_body_s,
-        first_byte_s=timeouts.first_byte_s,
-        between_s=timeouts.between_records_s,
-        exact_usage=config.metrics.exact_usage,
-    )
+    return ProxySettings(limits=_limits(config), exact_usage=config.metrics.exact_usage)
+
+
+def _tell(config: Config) -> Callable[[Report, float], None] | None:
+    return log.requests() if config.log.requests else None
 
 
 def _probe_settings(config: Config) -> ProbeSettings:

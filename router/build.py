@@ -96,7 +96,7 @@ class Builds:
         if downstream.waits(request):
             await downstream.go_ahead(request)
         branches = [Branch() for _ in lacking]
-        source = downstream.pieces(request, fanout.settings.stalled_body_s)
+        source = downstream.pieces(request, fanout.settings.limits.stalled_body_s)
         async with contextlib.aclosing(source), together() as group:
             tasks = [
                 group.create_task(self._send(errand, one.node, branch))

@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable
 
-from router.core.types import Failure
 from router.wire import Connection, Sink, State
 
 
@@ -56,11 +55,6 @@ class Exchange:
             else:
                 await self._held().wait()
                 full = self._held().full
-
-    def abort(self, failure: Failure) -> None:
-        """Cut the response off: what `read` raises, once all that has come is read."""
-        if self._conn is not None:
-            self._conn.abort(failure)
 
     def close(self) -> None:
         """Give the connection back if the response is whole, else cut it: so a node is told."""

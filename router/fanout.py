@@ -11,17 +11,17 @@ from itertools import chain
 import msgspec
 
 from router import log
-from router.core import dialect, retry, wording
-from router.core.dialect import Asked, Call, Framing
+from router.core import retry, wording
+from router.core.dialect import Asked, Framing
 from router.core.progress import SUCCESS, Progress, told
 from router.core.retry import Verdict
 from router.core.types import Failure, FailureKind, NodeSpec
 from router.downstream import Reply, Request
 from router.errors import UpstreamError
 from router.exchange import Exchange
-from router.headers import TO_NODE, Header, named, without
+from router.headers import TO_NODE, Header, forwarded
 from router.log import Ending, Report
-from router.relay import Limits, read_head
+from router.relay import Limits, own_lines, read_head
 from router.upload import CHUNKED, Upload
 from router.upstream import Upstream, request_head
 from router.wire import Bytes
@@ -37,11 +37,7 @@ class Settings:
     """What a configuration says of managing; a reload replaces it whole. `pull_to`, `create_to`:
     how many nodes get a model, None for all."""
 
-    relay: Limits
-    max_body_bytes: int
-    stalled_body_s: float
-    first_byte_s: float
-    between_s: float
+    limits: Limits
     pull_to: int | None
     create_to: int | None
 
@@ -70,17 +66,8 @@ class Errand:
         self.report.attempts = 1
 
     def lines(self) -> bytes:
-        """Header lines of our own. No part of them can hold a line end: names are checked."""
-        report = self.report
-        ours = (
-            f"X-Ollamux-Node: {report.node}\r\n"
-            f"X-Ollamux-Request-Id: {report.id}\r\n"
-            f"X-Ollamux-Attempts: {report.attempts}\r\n"
-            f"X-Ollamux-Reason: {report.reason}\r\n"
-        )
-        if report.sent:
-            ours += f"X-Ollamux-Model: {report.sent}\r\n"
-        return ours.encode() + self.extra
+        """Header lines of our own for the answer."""
+        return own_lines(self.report, self.extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +101,6 @@ class Said:
         return f"node {self.node.name}: {self.text}" if alone and self.failure else self.text
 
 
-async def renamed(body: bytes | bytearray, call: Call, sent: str) -> tuple[Bytes, ...]:
-    """The body as a node is sent it. A large one is edited beside the event loop."""
-    rename = partial(dialect.rename, body, call, sent)
-    return rename() if len(body) <= dialect.QUICK_BYTES else await asyncio.to_thread(rename)
-
-
 @contextlib.asynccontextmanager
 async def together() -> AsyncIterator[asyncio.TaskGroup]:
     """A group of tasks whose first failure comes out as itself."""
@@ -151,7 +132,7 @@ class Fanout:
 
     async def _ask(self, errand: Errand, method: str, node: NodeSpec) -> Said:
         try:
-            exchange = await self.open(errand, method, node, self.settings.first_byte_s)
+            exchange = await self.open(errand, method, node, self.settings.limits.first_byte_s)
             try:
                 return await self.whole(node, exchange)
             finally:
@@ -164,7 +145,7 @@ class Fanout:
         body = bytearray()
         while piece := await exchange.read():
             body += piece
-            if len(body) > self.settings.relay.held_bytes:
+            if len(body) > self.settings.limits.held_bytes:
                 raise UpstreamError(Failure(FailureKind.GARBAGE, detail="an answer too large"))
         return Said(node, exchange.status, exchange.reason, exchange.headers, bytes(body))
 
@@ -177,7 +158,7 @@ class Fanout:
         open_ = partial(
             self.upstream.open, node, self.head(errand, method, node, _length(method, body)), body,
             no_body=method == "HEAD", first_byte_s=first_byte_s,
-            between_s=self.settings.between_s,
+            between_s=self.settings.limits.between_s,
         )  # fmt: skip
         try:
             return await open_(fresh=method != "HEAD")
@@ -188,13 +169,13 @@ class Fanout:
 
     async def send(self, errand: Errand, node: NodeSpec, source: AsyncIterator[bytes]) -> Said:
         """Send a body as it comes: over a new connection, since it cannot be sent again."""
-        length = errand.request.content_length
+        limits, length = self.settings.limits, errand.request.content_length
         length = CHUNKED if length is None else length
         head = self.head(errand, errand.request.method, node, length)
         try:
             exchange = await self.upstream.open(
                 node, head, Upload(source, length), fresh=True,
-                first_byte_s=self.settings.first_byte_s, between_s=self.settings.between_s,
+                first_byte_s=limits.first_byte_s, between_s=limits.between_s,
             )  # fmt: skip
             try:
                 return await self.whole(node, exchange)
@@ -205,11 +186,9 @@ class Fanout:
 
     def head(self, errand: Errand, method: str, node: NodeSpec, length: int | None) -> bytes:
         request = errand.request
-        headers: Iterable[Header] = request.raw_headers
         connection = request.headers.getall("Connection", None)
-        if connection is not None:
-            headers = without(headers, named(",".join(connection)))
-        return request_head(node, method, errand.target, (*headers, self.via), length, TO_NODE)
+        headers = forwarded(request.raw_headers, connection, self.via)
+        return request_head(node, method, errand.target, headers, length, TO_NODE)
 
     async def tell(self, nodes: Sequence[NodeSpec], errand: Errand) -> Reply:
         """Have each of the nodes do something that leaves its models as they are."""
@@ -228,7 +207,7 @@ class Fanout:
         errand.name(nodes)
         story = _Story(self, errand, Progress([node.name for node in nodes]), len(nodes) == 1)
         # Without a stream a node says nothing until it has done it all, which may take hours.
-        first_byte_s = self.settings.first_byte_s if streams else None
+        first_byte_s = self.settings.limits.first_byte_s if streams else None
         async with together() as group:
             tasks = [group.create_task(story.hear(node, first_byte_s)) for node in nodes]
         said = [task.result() for task in tasks]
@@ -319,7 +298,7 @@ class _Story:
         tail = b""
         while piece := await exchange.read():
             *lines, tail = (tail + piece).split(b"\n")
-            if len(tail) > self.fanout.settings.relay.record_bytes:
+            if len(tail) > self.fanout.settings.limits.record_bytes:
                 raise UpstreamError(Failure(FailureKind.GARBAGE, detail="a record too large"))
             take = partial(self.progress.take, node.name)
             await self._tell(chain.from_iterable(map(take, lines)))

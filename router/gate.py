@@ -22,7 +22,6 @@ from router.guard import Guard
 from router.ledger import Ledger
 from router.log import Ending, Report
 from router.manage import Manage
-from router.metrics import Metrics
 from router.proxy import Proxy
 
 Answer = web.StreamResponse | Reply
@@ -40,7 +39,6 @@ class Settings:
     trusted: tuple[Network, ...]
     cors: Cors
     barred: frozenset[str]  # the paths of routes that clients may not use
-    log: Callable[[Report, float], None] | None  # writes one line per request
 
 
 @dataclass(slots=True)
@@ -50,20 +48,16 @@ class Gate:
     proxy: Proxy
     catalog: Catalog
     manage: Manage
-    metrics: Metrics
     settings: Settings
     clock: Clock
     guard: Guard
     look: Callable[[Scope | None], Awaitable[None]]  # at what nodes have in memory, if it changed
-    ledger: Ledger = field(init=False)
+    ledger: Ledger
     active: int = 0
     # Random per process and counted within it: unique, without asking the kernel each time.
     _run: str = field(default_factory=lambda: secrets.token_hex(6))
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _quiet: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.ledger = Ledger(self.metrics.requests)
 
     async def idle(self) -> None:
         """Wait until no request is being answered."""
@@ -86,7 +80,6 @@ class Gate:
             self.active -= 1
             if not self.active:
                 self._quiet.set()
-            self.ledger.tell = self.settings.log
             self.ledger.enter(report, self.clock())
 
     async def _answer(self, request: Request, report: Report) -> Answer:

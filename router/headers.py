@@ -1,6 +1,6 @@
 """Which header lines pass from one connection to the next (RFC 9110, 7.6.1)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 Header = tuple[bytes, bytes]
 
@@ -41,6 +41,16 @@ class Passing(dict[bytes, bool]):
 def without(headers: Iterable[Header], names: frozenset[bytes]) -> Iterable[Header]:
     """The headers that have none of these names, which are in lower case."""
     return [header for header in headers if header[0].lower() not in names] if names else headers
+
+
+def forwarded(
+    headers: Sequence[Header], connection: Sequence[str] | None, via: Header
+) -> Sequence[Header]:
+    """What a client sent, without what its `Connection` headers name, and by which router it
+    comes: this one's line goes with others."""
+    if connection is None:
+        return (*headers, via)
+    return (*without(headers, named(",".join(connection))), via)
 
 
 def named(connection: str) -> frozenset[bytes]:

@@ -15,8 +15,8 @@ class Ledger:
     the midst of each request it costs more. `tell` writes a request's line.
     """
 
-    def __init__(self, tally: Tally) -> None:
-        self.tell: Callable[[Report, float], None] | None = None
+    def __init__(self, tally: Tally, tell: Callable[[Report, float], None] | None = None) -> None:
+        self.tell = tell
         self._tally = tally
         self._ended: list[tuple[Report, float]] = []
 

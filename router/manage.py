@@ -1,28 +1,25 @@
 """Requests that change which models the nodes have: pull, create, copy, delete, blobs."""
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 from router import downstream
+from router.beside import beside
 from router.build import Builds, recipe
 from router.core import dialect, names
-from router.core.dialect import Asked, Call, Route
+from router.core.dialect import Asked, Call
 from router.core.policy import Target
 from router.core.pool import Pool
 from router.core.types import NodeSpec, Refusal, Rejected, Scope
 from router.dispatch import Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError
-from router.fanout import Errand, Fanout, renamed
+from router.fanout import Errand, Fanout
 from router.log import Report
 
 # What the same name must not be read as an alias for: a change of an alias's model is a surprise.
 _AS_WRITTEN = ("/api/create", "/api/delete")
-
-_Body = TypeVar("_Body", bytes, bytes | bytearray)
-_Found = TypeVar("_Found")
 
 
 @dataclass(slots=True)
@@ -47,7 +44,7 @@ class Manage:
         target = self._target(call, asked.scope)
         assert target.model is not None  # a resolved name
         report.model, report.sent, report.known = target.model.key, target.sent, target.known
-        errand.body = await renamed(body, call, target.sent)
+        errand.body = await beside(body, partial(dialect.rename, body, call, target.sent))
         try:
             match route.path:
                 case "/api/pull":
@@ -61,14 +58,11 @@ class Manage:
             raise
 
     async def _read(self, errand: Errand) -> tuple[Call, bytes | bytearray]:
-        settings, request = self.fanout.settings, errand.request
-        body: bytes | bytearray | None
-        body = downstream.body_at_hand(request, settings.max_body_bytes)
-        if body is None:
-            body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
+        limits = self.fanout.settings.limits
+        body = await downstream.body(errand.request, limits.body_bytes, limits.stalled_body_s)
         if not body:
             raise ClientError(400, "missing request body")
-        return await _beside(dialect.parse, errand.asked.route, body), body
+        return await beside(body, partial(dialect.parse, errand.asked.route, body)), body
 
     def _target(self, call: Call, scope: Scope | None) -> Target:
         """What the body names. Raises Refused."""
@@ -95,7 +89,7 @@ class Manage:
         a blob says so itself; one that lacks the model it is made from pulls it."""
         homes = nodes = given(self.pool.homes(target))
         body = b"".join(errand.body)
-        made_of = await _beside(recipe, call.route, body)
+        made_of = await beside(body, partial(recipe, call.route, body))
         if made_of.digests:
             nodes = await self.builds.having(homes, errand, made_of.digests) or homes[:1]
         if made_of.base.model:
@@ -112,7 +106,7 @@ class Manage:
         source = self.pool.resolve(base.model, errand.asked.scope)
         if isinstance(source, Rejected):
             raise Refused(source, base.model)
-        errand.body = await renamed(body, base, source.sent)
+        errand.body = await beside(body, partial(dialect.rename, body, base, source.sent))
         holders = self.pool.holders(source)
         if isinstance(holders, Rejected):
             if source.pin is not None and errand.asked.scope is None:
@@ -122,13 +116,6 @@ class Manage:
         if source.pin is not None and not able:
             raise ClientError(400, "the model may not be made on the node that `from` pins")
         return able or nodes
-
-
-async def _beside(read: Callable[[Route, _Body], _Found], route: Route, body: _Body) -> _Found:
-    """Read a body, beside the event loop if it is large."""
-    if len(body) <= dialect.QUICK_BYTES:
-        return read(route, body)
-    return await asyncio.to_thread(read, route, body)
 
 
 def given(found: Sequence[NodeSpec] | Rejected) -> Sequence[NodeSpec]:

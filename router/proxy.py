@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from router import downstream, log
+from router.beside import beside
 from router.core import bodies, dialect, packed, retry
 from router.core.dialect import Asked, Call, Route
 from router.core.policy import Target
@@ -17,10 +18,10 @@ from router.dispatch import Clock, Dispatch, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
 from router.exchange import Exchange
-from router.fanout import Errand, Fanout, renamed
-from router.headers import TO_NODE, Header, named, without
+from router.fanout import Errand, Fanout
+from router.headers import TO_NODE, Header, forwarded, without
 from router.log import Report
-from router.relay import Limits, Relay
+from router.relay import Limits, Relay, own_lines
 from router.upstream import Upstream, request_head
 
 _ENCODING = frozenset((b"content-encoding",))
@@ -32,11 +33,7 @@ _PRIMARY = Need.PRIMARY  # a look-up in the module is a third of the price of on
 class Settings:
     """What a configuration says of relayed requests; a reload replaces it whole."""
 
-    relay: Limits
-    max_body_bytes: int
-    stalled_body_s: float
-    first_byte_s: float
-    between_s: float
+    limits: Limits
     exact_usage: bool
 
 
@@ -59,25 +56,23 @@ class Proxy:
         Raises ClientError for the client's mistakes, Refused where no node may be asked, and
         UpstreamError where one was and gave no answer.
         """
-        settings, route = self.settings, asked.route
+        limits, route = self.settings.limits, asked.route
+        exact_usage = self.settings.exact_usage
         body: bytes | bytearray | None
-        body = downstream.body_at_hand(request, settings.max_body_bytes)
+        body = downstream.body_at_hand(request, limits.body_bytes)
         reading_s = 0.0
         if body is None:
             before = self.clock()
-            body = await downstream.body(request, settings.max_body_bytes, settings.stalled_body_s)
+            body = await downstream.body(request, limits.body_bytes, limits.stalled_body_s)
             reading_s = self.clock() - before
         plain: bytes | bytearray
         if len(body) <= dialect.QUICK_BYTES and not route.form and _is_plain(request):
-            call, plain = dialect.parse(route, body, exact_usage=settings.exact_usage), body
+            call, plain = dialect.parse(route, body, exact_usage=exact_usage), body
         else:
-            call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
+            call, plain = await _ask(request, route, body, exact_usage=exact_usage)
         since = asked.route.since if plain is body else max(asked.route.since, _UNPACKS)
         target = self._target(asked, since, call, report)
-        if len(plain) <= dialect.QUICK_BYTES:
-            pieces = dialect.rename(plain, call, target.sent)
-        else:
-            pieces = await renamed(plain, call, target.sent)
+        pieces = await beside(plain, partial(dialect.rename, plain, call, target.sent))
         if call.unloads and (holding := self.pool.holding(target)):
             errand = Errand(request, report, asked, extra, asked.target, pieces)
             return await self.fanout.tell(holding, errand)
@@ -133,16 +128,14 @@ async def _ask(
     """What a request asks, and its body as it was before it was compressed. What may take a
     while happens in a thread."""
     encoding = request.headers.get("Content-Encoding")
-    quick = len(body) <= dialect.QUICK_BYTES
-    if quick and encoding is None and not route.form:
-        return dialect.parse(route, body, exact_usage=exact_usage), body
     if encoding is not None and bodies.is_packed(route, encoding):
         return await _unpack(route, body)
     if route.form:
-        parse = partial(bodies.parse_form, content_type=request.headers.get("Content-Type", ""))
+        kind = request.headers.get("Content-Type", "")
+        parse = partial(bodies.parse_form, route, body, content_type=kind)
     else:
-        parse = partial(dialect.parse, exact_usage=exact_usage)
-    return (parse(route, body) if quick else await asyncio.to_thread(parse, route, body)), body
+        parse = partial(dialect.parse, route, body, exact_usage=exact_usage)
+    return await beside(body, parse), body
 
 
 async def _unpack(route: Route, body: bytes | bytearray) -> tuple[Call, bytes | bytearray]:
@@ -186,10 +179,10 @@ class _Passage:
                     if exchange.status == 503 and self._others(lease):
                         raise UpstreamError(Failure(FailureKind.BUSY, detail="busy"))
                     self.relay = Relay(
-                        self.request, self.call.route, proxy.settings.relay, report, proxy.clock,
+                        self.request, self.call.route, proxy.settings.limits, report, proxy.clock,
                         withholds=self.call.usage is not None,
                     )  # fmt: skip
-                    response = await self.relay.run(exchange, self._headers())
+                    response = await self.relay.run(exchange, own_lines(report, self.extra))
                 finally:
                     exchange.close()
             except UpstreamError as error:
@@ -210,7 +203,7 @@ class _Passage:
     async def _open(self, lease: Lease) -> Exchange:
         """Send the request; over a fresh connection if a kept one proves to be stale, and at
         once over one where it changes something outside the node."""
-        proxy, limits = self.proxy, self.proxy.settings
+        proxy, limits = self.proxy, self.proxy.settings.limits
         head = request_head(
             lease.node, self.request.method, self.asked.target,
             self._forwarded(), sum(map(len, self.body)), TO_NODE,
@@ -231,27 +224,10 @@ class _Passage:
         )  # fmt: skip
 
     def _forwarded(self) -> Sequence[Header]:
-        """What the client sent, and by which router it comes: this one's line goes with others."""
-        headers: Iterable[Header] = self.request.raw_headers
-        connection = self.request.headers.getall("Connection", None)
-        if connection is not None:
-            headers = without(headers, named(",".join(connection)))
-        if self.unpacked:
-            headers = without(headers, _ENCODING)
-        return (*headers, self.proxy.fanout.via)
-
-    def _headers(self) -> bytes:
-        """Header lines of our own. No part of them can hold a line end: names are checked."""
-        report, model = self.report, self.target.sent
-        ours = (
-            f"X-Ollamux-Node: {report.node}\r\n"
-            f"X-Ollamux-Request-Id: {report.id}\r\n"
-            f"X-Ollamux-Attempts: {report.attempts}\r\n"
-            f"X-Ollamux-Reason: {report.reason}\r\n"
-        )
-        if model:
-            ours += f"X-Ollamux-Model: {model}\r\n"
-        return ours.encode() + self.extra
+        request = self.request
+        connection = request.headers.getall("Connection", None)
+        headers = forwarded(request.raw_headers, connection, self.proxy.fanout.via)
+        return tuple(without(headers, _ENCODING)) if self.unpacked else headers
 
     def told(self, failure: Failure) -> str:
         """What the client is told: which node, and what happened, in the router's words."""

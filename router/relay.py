@@ -27,10 +27,30 @@ _RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`held_bytes`: the largest answer held until whole; `record_bytes`: the largest unfinished
-    record held."""
+    record held; `body_bytes`: the largest body of a request, and `stalled_body_s`: how long none
+    of it may come. `first_byte_s`, `between_s`: how long a node may be silent before it answers,
+    and then."""
 
     held_bytes: int
     record_bytes: int
+    body_bytes: int
+    stalled_body_s: float
+    first_byte_s: float
+    between_s: float
+
+
+def own_lines(report: Report, extra: bytes) -> bytes:
+    """Header lines of our own for an answer, and `extra` ones. No part of them can hold a line
+    end: names are checked."""
+    ours = (
+        f"X-Ollamux-Node: {report.node}\r\n"
+        f"X-Ollamux-Request-Id: {report.id}\r\n"
+        f"X-Ollamux-Attempts: {report.attempts}\r\n"
+        f"X-Ollamux-Reason: {report.reason}\r\n"
+    )
+    if report.sent:
+        ours += f"X-Ollamux-Model: {report.sent}\r\n"
+    return ours.encode() + extra
 
 
 class Relay:

@@ -188,12 +188,9 @@ class Connection(asyncio.Protocol):
         self._reused = True
         return True
 
-    def abort(self, failure: Failure | None = None) -> None:
-        """Close at once. A response that is not whole by now has failed, for that reason."""
-        running = self.state is _HEAD or self.state is _BODY
+    def abort(self) -> None:
+        """Close at once. A response that is not whole by now has failed."""
         self._end(FailureKind.RESET, "closed by the router")
-        if running and failure is not None:
-            self.failure = failure
 
     def limit(self, limit_s: float) -> float:
         """How long the node may be silent from now on: until the head is whole, or between two

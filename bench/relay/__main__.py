@@ -56,13 +56,27 @@ _ROWS: Mapping[str, tuple[str, bool]] = {
 }
 
 
-def _load(*arguments: object) -> dict[str, float]:
-    command = ["taskset", "-c", LOAD_CORE, sys.executable, "-m", "bench.relay.load"]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, check=True
-    )
-    seen: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def _command(*arguments: object) -> list[str]:
+    load = ["taskset", "-c", LOAD_CORE, sys.executable, "-m", "bench.relay.load"]
+    return [*load, *map(str, arguments)]
+
+
+def _load(*arguments: object) -> Figures:
+    done = subprocess.run(_command(*arguments), capture_output=True, text=True, check=True)
+    seen: Figures = json.loads(done.stdout.splitlines()[-1])
     return seen
+
+
+def _while_open(
+    server: Running, streams: int, rate: int, look: Callable[[], float]
+) -> tuple[float, Figures]:
+    """What `look` sees while all streams are open, and what the load saw in the end."""
+    command = _command("streams", server.url, streams, rate, 6)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
+        assert load.stdout is not None
+        load.stdout.readline()
+        seen = look()
+        return seen, json.loads(load.stdout.read())
 
 
 def _cpu(server: Running) -> Figures:
@@ -79,16 +93,14 @@ def _cpu(server: Running) -> Figures:
 
 def _per_chunk(server: Running, streams: int, rate: int) -> float:
     """µs of CPU per record while all streams run: without what opening and ending them costs."""
-    command = ["taskset", "-c", LOAD_CORE, sys.executable, "-m", "bench.relay.load"]
-    arguments = ["streams", server.url, str(streams), str(rate), "6"]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as load:
-        assert load.stdout is not None
-        load.stdout.readline()
+
+    def per_second() -> float:
         started, before = time.monotonic(), server.cpu_s()
         time.sleep(3)
-        used, seconds = server.cpu_s() - before, time.monotonic() - started
-        load.stdout.read()
-    return used / (streams * rate * seconds) * 1e6
+        return (server.cpu_s() - before) / (time.monotonic() - started)
+
+    used, _ = _while_open(server, streams, rate, per_second)
+    return used / (streams * rate) * 1e6
 
 
 def _latency(server: Running) -> Figures:
@@ -103,13 +115,7 @@ def _latency(server: Running) -> Figures:
 
 def _many(server: Running) -> Figures:
     idle = server.rss_bytes()
-    command = ["taskset", "-c", LOAD_CORE, sys.executable, "-m", "bench.relay.load"]
-    arguments = ["streams", server.url, "5000", "2", "6"]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as load:
-        assert load.stdout is not None
-        load.stdout.readline()
-        held = server.rss_bytes()
-        done = json.loads(load.stdout.read())
+    held, done = _while_open(server, 5000, 2, server.rss_bytes)
     name = "5,000 streams:"
     return {
         "memory per open stream": (held - idle) / 5000 / 1e3,

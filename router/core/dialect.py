@@ -84,7 +84,6 @@ _DONE, _OPENAI_END = b"done", b"data: [DONE]"
 _COMPLETED, _STOPPED = b"event: response.completed", b"event: message_stop"
 _GOING_ON, _UNFINISHED = b'"done":false', b'"finish_reason":null'
 _ITEM_DELTA, _BLOCK_DELTA = b".delta\n", b"event: content_block_delta\n"
-_N = Family.NATIVE
 _PRIMARY, _CLOUD, _ANY = Need.PRIMARY, Need.CLOUD, Need.ANY
 
 ROUTES: tuple[Route, ...] = (

@@ -229,10 +229,11 @@ class Pool:
 
     def listed(self, scope: Scope | None) -> Sequence[Mapping[str, Model]]:
         """What each node that is up has, of what may be had from it."""
+        return self._rules.listed(self._up(scope))
+
+    def _up(self, scope: Scope | None) -> list[Node]:
         nodes = [node for node in self._nodes.values() if node.up]
-        if scope is not None:
-            nodes = [node for node in nodes if node.spec.url in scope.urls]
-        return self._rules.listed(nodes)
+        return nodes if scope is None else [n for n in nodes if n.spec.url in scope.urls]
 
     @property
     def aliases(self) -> Collection[str]:
@@ -266,11 +267,7 @@ class Pool:
 
     def everyone(self, scope: Scope | None) -> Sequence[NodeSpec]:
         """The nodes that are up."""
-        return [
-            node.spec
-            for node in self._nodes.values()
-            if node.up and (scope is None or node.spec.url in scope.urls)
-        ]
+        return [node.spec for node in self._up(scope)]
 
     def holding(self, target: Target) -> Sequence[NodeSpec]:
         """The nodes that are up and may have the model in memory: they have, or have been used
@@ -292,11 +289,7 @@ class Pool:
     def unseen(self, scope: Scope | None) -> Sequence[tuple[NodeSpec, int]]:
         """The nodes whose memory may have other models in it than when it was last looked at,
         each with what `saw` is to be told once somebody has."""
-        return [
-            (node.spec, node.used)
-            for node in self._nodes.values()
-            if node.up and node.used != node.seen and (scope is None or node.spec.url in scope.urls)
-        ]
+        return [(node.spec, node.used) for node in self._up(scope) if node.used != node.seen]
 
     def saw(self, url: str, used: int) -> None:
         """The node's memory was looked at after `used`."""
