@@ -3,18 +3,23 @@
 # make test-live   what Ollama promises, asked of real nodes: OLLAMA_HOSTS=http://a:11434,http://b:11434
 # make check   lint, types, layers, tests and coverage: what CI runs
 # make run     the router with router.yaml
+# make chaos   failing nodes under a steady load: the figures of docs/reliability.md
+# make soak    everything fails at random: SECONDS=60 SEED=
+# make storm   the same without sockets, in virtual time
 # make bench-relay   what a relay costs, beside nginx, HAProxy and aiohttp
 
 PYTHON ?= python3
 CONFIG ?= router.yaml
 ROUNDS ?= 5
 ARGS ?=
+SECONDS ?= 60
+SEED ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JAVASCRIPT := tests/clients/node_modules/.package-lock.json
 
-.PHONY: demo test test-live check lint types layers cover run bench-relay clean
+.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay clean
 
 demo: $(READY)
 	@$(BIN)/ollamux demo
@@ -27,6 +32,15 @@ test: $(READY) $(JAVASCRIPT)
 # OLLAMA_HOSTS and OLLAMA_TEST_MODEL, of the command line or the environment: docs/testing.md.
 test-live: $(READY)
 	$(BIN)/pytest -m live -q -rfExX tests/live
+
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.run --seed "$(SEED)" $(ARGS)
+
+storm: $(READY)
+	$(BIN)/python -m tests.core.storm $(SECONDS) $(SEED)
+
+soak: $(READY)
+	$(BIN)/python -m tests.chaos.soak --seconds $(SECONDS) --seed "$(SEED)" $(ARGS)
 
 check: lint types layers cover
 

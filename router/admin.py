@@ -1,4 +1,4 @@
-"""The admin listener: health, readiness, metrics, status, reload."""
+"""The admin listener: health, readiness, metrics, status, reload, drain."""
 
 import hmac
 import time
@@ -10,7 +10,7 @@ from aiohttp import hdrs, web
 from router import __version__
 from router.core import wording
 from router.core.pool import Pool
-from router.core.types import NodeView
+from router.core.types import Ejected, NodeView, Refusal, Rejected
 from router.dispatch import Clock
 from router.metrics import CONTENT_TYPE, Metrics
 
@@ -42,7 +42,8 @@ class ReloadResult:
 class Admin:
     """`token` guards what changes anything; without one, only a loopback listener may.
 
-    `reload` runs the daemon's own transaction. `draining` is set once no new work is wanted.
+    `reload` runs the daemon's own transaction; `on_drain` is told of a node that was drained or
+    undrained. `draining` is set once no new work is wanted.
     """
 
     pool: Pool
@@ -52,6 +53,7 @@ class Admin:
     clock: Clock
     token: str | None = field(repr=False)
     loopback: bool
+    on_drain: Callable[[NodeView], None] = lambda node: None
     draining: bool = False
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -69,7 +71,7 @@ class Admin:
         methods, answer = found
         if request.method not in methods:
             return _error(405, "method not allowed", ", ".join(methods))
-        return await answer(self)
+        return await answer(self, request)
 
     def _may_change(self, authorization: str) -> web.Response | None:
         if self.token is None:
@@ -83,24 +85,28 @@ class Admin:
             return None
         return _error(401, "the admin token is needed: Authorization: Bearer ...")
 
-    async def _healthz(self) -> web.Response:
+    async def _healthz(self, _: web.BaseRequest) -> web.Response:
         return web.Response(text="ok\n")
 
-    async def _readyz(self) -> web.Response:
+    async def _readyz(self, _: web.BaseRequest) -> web.Response:
         if self.draining:
             return web.Response(status=503, text="draining\n")
-        if not self.pool.any_up:
+        up = [node for node in self.pool.snapshot() if node.up and not node.leaving]
+        if not up:
             return web.Response(status=503, text="no node is up\n")
+        if all(node.draining for node in up):
+            names = ", ".join(node.spec.name for node in up)
+            return web.Response(status=503, text=f"all nodes that are up are drained: {names}\n")
         return web.Response(text="ready\n")
 
-    async def _metrics(self) -> web.Response:
+    async def _metrics(self, _: web.BaseRequest) -> web.Response:
         headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE}
         return web.Response(body=self.metrics.render(), headers=headers)
 
-    async def _status(self) -> web.Response:
+    async def _status(self, _: web.BaseRequest) -> web.Response:
         return _json(200, self.status())
 
-    async def _reload(self) -> web.Response:
+    async def _reload(self, _: web.BaseRequest) -> web.Response:
         done = await self.reload()
         answer = {
             "result": done.result,
@@ -110,6 +116,24 @@ class Admin:
             "mistakes": done.mistakes,
         }
         return _json(422 if done.result == "refused" else 200, answer)
+
+    async def _drain(self, request: web.BaseRequest) -> web.Response:
+        return self._set_draining(request.query.getall("node", []), draining=True)
+
+    async def _undrain(self, request: web.BaseRequest) -> web.Response:
+        return self._set_draining(request.query.getall("node", []), draining=False)
+
+    def _set_draining(self, asked: Sequence[str], *, draining: bool) -> web.Response:
+        if len(asked) != 1 or not asked[0]:
+            return _error(400, "say which node: ?node=NAME")
+        before = self.pool.drained
+        spec = self.pool.drain(asked[0], draining=draining)
+        if isinstance(spec, Rejected):
+            return _no_such_node(asked[0], spec)
+        [node] = [one for one in self.pool.snapshot() if one.spec.url == spec.url]
+        if self.pool.drained != before:
+            self.on_drain(node)
+        return _json(200, _node(node, self.clock()))
 
     def status(self) -> Mapping[str, object]:
         """What `/status` shows; times are seconds since 1970."""
@@ -148,6 +172,8 @@ def _node(node: NodeView, now: float) -> Mapping[str, object]:
         "state": "leaving" if node.leaving else node.health.value,
         "for_s": round(now - node.since, 1),
         "detail": node.detail,
+        "draining": node.draining,
+        "ejected": [_ejected(one, now) for one in node.ejected],
         "in_flight": node.in_flight,
         "slots": node.spec.slots,
         "weight": node.spec.weight,
@@ -156,6 +182,23 @@ def _node(node: NodeView, now: float) -> Mapping[str, object]:
         "present": sorted(node.present),
         "resident": sorted(node.resident),
     }
+
+
+def _ejected(ejected: Ejected, now: float) -> Mapping[str, object]:
+    return {
+        "model": ejected.model or None,
+        "reason": ejected.reason,
+        "busy": ejected.busy,
+        "trial": ejected.trial,
+        "next_trial_s": round(max(0.0, ejected.until - now), 1),
+    }
+
+
+def _no_such_node(asked: str, rejected: Rejected) -> web.Response:
+    nodes = ", ".join(f"{node.name} ({node.url})" for node in rejected.nodes)
+    if rejected.refusal is Refusal.UNKNOWN_PIN:
+        return _error(404, f"no node is named '{asked}'; the nodes are: {nodes}")
+    return _error(400, f"'{asked}' stands for several nodes" + (f": {nodes}" if nodes else ""))
 
 
 def _models(nodes: Sequence[NodeView]) -> Mapping[str, object]:
@@ -182,10 +225,13 @@ def _error(status: int, message: str, allow: str | None = None) -> web.Response:
 
 
 _READ, _CHANGE = ("GET", "HEAD"), ("POST",)
-_ROUTES: Mapping[str, tuple[Sequence[str], Callable[[Admin], Awaitable[web.Response]]]] = {
+_Answer = Callable[[Admin, web.BaseRequest], Awaitable[web.Response]]
+_ROUTES: Mapping[str, tuple[Sequence[str], _Answer]] = {
     "/healthz": (_READ, Admin._healthz),
     "/readyz": (_READ, Admin._readyz),
     "/metrics": (_READ, Admin._metrics),
     "/status": (_READ, Admin._status),
     "/reload": (_CHANGE, Admin._reload),
+    "/drain": (_CHANGE, Admin._drain),
+    "/undrain": (_CHANGE, Admin._undrain),
 }

@@ -1,5 +1,6 @@
 """Answers of the router's own making: errors in the caller's dialect, and what is no endpoint."""
 
+import math
 import re
 import secrets
 from urllib.parse import quote
@@ -9,6 +10,9 @@ from aiohttp import hdrs, web
 from router.core import dialect, wording
 from router.core.dialect import Family, Route
 
+RETRY_S = 1.0
+_LATER = (429, 503)
+
 
 def plain(status: int, text: str, **headers: str) -> web.Response:
     """Plain text, as Ollama answers what is no endpoint."""
@@ -17,13 +21,18 @@ def plain(status: int, text: str, **headers: str) -> web.Response:
     })  # fmt: skip
 
 
-def error(family: Family, status: int, message: str) -> web.Response:
-    """An error in the caller's dialect."""
-    return web.Response(
-        status=status,
-        body=wording.error_body(family, status, message, new_request_id()),
-        headers={hdrs.CONTENT_TYPE: wording.error_type(family)},
-    )
+def error(family: Family, status: int, message: str, *, retry_s: float = RETRY_S) -> web.Response:
+    """An error in the caller's dialect. Where another try may do better, it says when."""
+    headers = {hdrs.CONTENT_TYPE: wording.error_type(family)}
+    if later := retry_after(status, retry_s):
+        headers[hdrs.RETRY_AFTER] = later
+    body = wording.error_body(family, status, message, new_request_id())
+    return web.Response(status=status, body=body, headers=headers)
+
+
+def retry_after(status: int, retry_s: float = RETRY_S) -> str:
+    """In how many seconds another try may do better; empty for an error that stays."""
+    return str(max(1, math.ceil(retry_s))) if status in _LATER else ""
 
 
 def new_request_id() -> str:

@@ -2,24 +2,37 @@
 
 import asyncio
 import ipaddress
-import os
+import random
+import resource
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from aiohttp import web
+from structlog.typing import FilteringBoundLogger
 
 from router import log
 from router.address import Address
 from router.admin import Admin, ConfigState, ReloadResult
+from router.admission import Cause, Rooms
 from router.build import Builds
 from router.catalog import Catalog
 from router.core.dialect import VIA
 from router.core.pool import Pool
-from router.core.types import Flip, Health, NodeSpec, Scope
+from router.core.types import (
+    Ejection,
+    Failure,
+    FailureKind,
+    Flip,
+    Health,
+    NodeSpec,
+    NodeView,
+    Scope,
+)
 from router.cors import Cors
 from router.dispatch import Clock, Dispatch
 from router.downstream import Server
@@ -28,14 +41,17 @@ from router.fanout import Settings as ManageSettings
 from router.gate import Gate
 from router.gate import Settings as GateSettings
 from router.guard import Guard
+from router.keep import Keep
 from router.ledger import Ledger
+from router.listeners import Listener, Listeners
 from router.log import Report
 from router.manage import Manage
 from router.metrics import Metrics
+from router.passage import Means
+from router.passage import Settings as PassageSettings
 from router.prober import Prober
 from router.prober import Settings as ProbeSettings
 from router.proxy import Proxy
-from router.proxy import Settings as ProxySettings
 from router.relay import Limits
 from router.settings import Config
 from router.settings import Manage as ManageEntry
@@ -43,13 +59,23 @@ from router.upstream import Upstream
 
 # How long what is left at the end of a drain has to notice that it was cut.
 _CUT_S = 0.1
-_BACKLOG = 4096
+# What probes should look at once a request has met one of these.
+_LOOK_AGAIN = {
+    FailureKind.MISSING: "tags",
+    FailureKind.RESET: "version",
+    FailureKind.CONNECT: "version",
+    FailureKind.FIRST_BYTE_TIMEOUT: "version",
+    FailureKind.STALLED: "version",
+}
+# How long a connection without a request is kept once its answers are to be its last.
+_IDLE_S = 30.0
 
 
 class App:
     """A whole router in this event loop: `async with` it.
 
-    `reload` is what `POST /reload` runs; `changed` is told that a node went up or down. Listening
+    `reload` is what `POST /reload` runs; `changed` is told that a node went up or down. `given`
+    are sockets that listen already: nothing is accepted on them before `accept`. Listening
     addresses of this process are in `clients` and `admins` once started. Raises OSError where an
     address cannot be listened on.
     """
@@ -60,6 +86,7 @@ class App:
         reload: Callable[[], Awaitable[ReloadResult]],
         changed: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
+        given: Sequence[Listener] = (),
     ) -> None:
         self.config = config
         self._changed = changed
@@ -67,37 +94,43 @@ class App:
         self.admins: Sequence[str] = ()
         self.state = ConfigState()
         self.log = log.logger()
-        self.pool = Pool(config.topology, clock())
+        self.pool = Pool(config.topology, clock(), random.random)
         self._conflicts = self.pool.conflicts()
-        self.metrics = Metrics(self.pool.snapshot)
+        self.refusals: Counter[str] = Counter({cause.value: 0 for cause in Cause})
+        self.metrics = Metrics(self.pool.snapshot, self.refusals)
         instance = secrets.token_hex(16)
         self._upstream = Upstream(connect_s=config.timeouts.connect_s)
+        via = (VIA.encode(), instance.encode())
         fanout = Fanout(
             upstream=self._upstream,
             settings=_manage_settings(config),
-            via=(VIA.encode(), instance.encode()),
+            via=via,
             clock=clock,
             learn=self._learn,
         )
-        proxy = Proxy(
+        self._means = Means(
             pool=self.pool,
-            dispatch=Dispatch(self.pool, self._flipped, clock),
+            dispatch=Dispatch(self.pool, self._flipped, clock, self._failed),
             upstream=self._upstream,
-            fanout=fanout,
-            settings=_proxy_settings(config),
-            instance=instance,
+            keep=Keep(config.limits.max_buffered_bytes),
+            settings=_passage_settings(config),
+            via=via,
             clock=clock,
+        )
+        proxy = Proxy(
+            pool=self.pool, means=self._means, fanout=fanout, instance=instance, clock=clock
         )
         self._guard = Guard(socket.gethostname())
         self._gate = Gate(
             proxy=proxy,
             catalog=Catalog(self.pool),
-            manage=Manage(self.pool, fanout, Builds(self.pool, fanout)),
+            manage=Manage(self.pool, fanout, Builds(self.pool, fanout), self._means.keep),
             settings=_gate_settings(config),
             clock=clock,
             guard=self._guard,
             look=self._look,
-            ledger=Ledger(self.metrics.requests, _tell(config)),
+            ledger=Ledger(self.metrics.requests, _tell(config), self.pool.learn),
+            refusals=self.refusals,
         )
         self.prober = Prober(
             pool=self.pool,
@@ -118,48 +151,64 @@ class App:
             clock=clock,
             token=None if token is None else token.get_secret_value(),
             loopback=_is_loopback(config.admin.listen),
+            on_drain=self._drained,
         )
-        self._sites: list[web.TCPSite] = []
+        self._given = given
         self._record(ok=True)
 
     async def __aenter__(self) -> Self:
         limits, timeouts = self.config.limits, self.config.timeouts
+        rooms = _rooms(self.config)
         self._server = Server(
             self._gate.handle,
             max_header_bytes=limits.max_header_bytes,
             head_timeout_s=timeouts.head_timeout_s,
+            room=rooms.clients,
+            refusals=self.refusals,
         )
         self._client_runner = web.ServerRunner(self._server, shutdown_timeout=_CUT_S)
-        admin = Server(
+        self._admin_server = Server(
             self._guard.before(self._admin.handle),
             max_header_bytes=limits.max_header_bytes,
             head_timeout_s=timeouts.head_timeout_s,
+            room=rooms.admins,
             cancels=False,  # whoever asked for a reload may leave, the reload goes on
         )
-        self._admin_runner = web.ServerRunner(admin, shutdown_timeout=_CUT_S)
+        self._admin_runner = web.ServerRunner(self._admin_server, shutdown_timeout=_CUT_S)
+        self._fronts = (
+            Listeners("clients", self._server, self._guard.watch),
+            Listeners("admin", self._admin_server, self._guard.watch),
+        )
         try:
-            self.clients = await self._listen(self._client_runner, self.config.listen)
-            self.admins = await self._listen(self._admin_runner, [self.config.admin.listen])
+            await self._listen()
         except BaseException:
             await self.__aexit__(None, None, None)
             raise
         return self
 
-    async def _listen(self, runner: web.BaseRunner, wanted: Sequence[Address]) -> list[str]:
-        await runner.setup()
-        for address in wanted:
-            site = web.TCPSite(runner, address.host, address.port, backlog=_BACKLOG)
-            try:
-                await site.start()
-            except OSError as error:
-                # asyncio's own text names the address a second time; a failed look-up has none.
-                lookup = isinstance(error, socket.gaierror)
-                why = error.strerror if lookup else os.strerror(error.errno or 0).lower()
-                raise OSError(error.errno, f"cannot listen on {address}: {why}") from error
-            self._guard.watch(runner.addresses)
-            if runner is self._client_runner:
-                self._sites.append(site)
-        return [_url(bound) for bound in runner.addresses]
+    async def _listen(self) -> None:
+        clients, admins = self._fronts
+        for runner in (self._client_runner, self._admin_runner):
+            await runner.setup()
+        used = [
+            *await clients.open(self.config.listen, self._given),
+            *await admins.open([self.config.admin.listen], self._given),
+        ]
+        self.clients = [_url(bound) for bound in clients.addresses]
+        self.admins = [_url(bound) for bound in admins.addresses]
+        for one in self._given:
+            if one not in used:
+                one.sock.close()
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """What this process listens on, for another one to take over."""
+        return [one for front in self._fronts for one in front.all()]
+
+    async def accept(self) -> None:
+        """Accept on the sockets that were given, too: from now on this process can serve."""
+        for front in self._fronts:
+            await front.accept()
 
     async def __aexit__(
         self,
@@ -167,18 +216,53 @@ class App:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for front in self._fronts:
+            await front.stop()
         await self._client_runner.cleanup()
         await self._admin_runner.cleanup()
         await self._upstream.close()
         self._gate.ledger.settle()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._gate.active > 0
+
+    async def hand_over(self) -> None:
+        """Another process serves at these addresses: no new connections here, and every answer
+        is the last of its connection."""
+        for front in self._fronts:
+            front.server.closing = True
+            await front.stop()
+
+    async def deserted(self) -> None:
+        """Wait until every connection has gone; what is idle for 30 s is closed."""
+        async with asyncio.TaskGroup() as group:
+            for front in self._fronts:
+                group.create_task(front.server.deserted(_IDLE_S))
+
     async def drain(self) -> None:
-        """Not ready, no new connections; returns when no request is left."""
+        """Not ready, no new connections; returns when no request is left.
+
+        Open connections are not waited for: nobody else serves who comes instead.
+        """
         self._admin.draining = True
         self._server.closing = True
-        for site in self._sites:
-            await site.stop()
-        await self._gate.idle()
+        await self._fronts[0].stop()
+        async with asyncio.TaskGroup() as group:
+            leaving = group.create_task(self._server.deserted(_IDLE_S))
+            await self._gate.idle()
+            leaving.cancel()
+
+    def state_out(self) -> dict[str, Any]:
+        """What the process that takes over must know beside the configuration, as JSON."""
+        return {"drained": self.pool.drained}
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_out` of the process before this one gave."""
+        drained = state.get("drained")
+        if isinstance(drained, list):
+            self.pool.keep_drained([url for url in drained if isinstance(url, str)])
 
     def reconfigure(self, config: Config) -> None:
         """Put a new configuration in force, in one step; requests in flight go on."""
@@ -191,10 +275,12 @@ class App:
         self._server.reconfigure(
             max_header_bytes=config.limits.max_header_bytes,
             head_timeout_s=config.timeouts.head_timeout_s,
+            room=_rooms(config).clients,
         )
         self._gate.settings = _gate_settings(config)
         self._gate.ledger.tell = _tell(config)
-        self._gate.proxy.settings = _proxy_settings(config)
+        self._means.settings = _passage_settings(config)
+        self._means.keep.reconfigure(config.limits.max_buffered_bytes)
         self._gate.manage.fanout.settings = _manage_settings(config)
         self.prober.reconfigure(_probe_settings(config))
         token = config.admin.token
@@ -234,12 +320,32 @@ class App:
         if "ps" in await self.prober.look(node, ("ps",)):
             self.pool.saw(node.url, used)
 
+    def _failed(self, node: NodeSpec, failure: Failure) -> None:
+        """Look at a node again at once where a request has met what probes should know of."""
+        if failure.kind in _LOOK_AGAIN:
+            self.prober.hurry(node.url, _LOOK_AGAIN[failure.kind])
+
+    def _doubt(self, flip: Flip) -> None:
+        """Give a node that fails its probes less time to be silent."""
+        for node in self.pool.specs():
+            if node.name == flip.node and isinstance(flip.now, Health):
+                self._upstream.doubt(node.url, down=flip.now is Health.DOWN)
+
     def _flipped(self, flip: Flip) -> None:
+        self._doubt(flip)
+        if isinstance(flip.now, Ejection):
+            self.metrics.breaker(flip)
+            _tell_breaker(self.log, flip)
+            return
         say = self.log.info if flip.now is Health.UP else self.log.warning
         say("node " + flip.now.value, node=flip.node, was=flip.was.value, reason=flip.reason)
         if self.pool.probed and not self.pool.any_up:
             self.log.error("no node is up")
         self._changed()
+
+    def _drained(self, node: NodeView) -> None:
+        event = "node drained" if node.draining else "node undrained"
+        self.log.info(event, node=node.spec.name, in_flight=node.in_flight)
 
     def _seen(self) -> None:
         """Tell of each name that has come to stand for several digests."""
@@ -249,6 +355,17 @@ class App:
         self._conflicts = now
         for model in now.keys() - before.keys():
             self.log.warning("model digest conflict", model=model, digests=now[model])
+
+
+def _tell_breaker(say: FilteringBoundLogger, flip: Flip) -> None:
+    what, about = "node", {"node": flip.node}
+    if flip.model:
+        what, about = "model", {**about, "model": flip.model}
+    if flip.now is Ejection.OPEN:
+        say.warning(f"{what} ejected", **about, reason=flip.reason, retry_s=round(flip.retry_s, 1))
+    else:
+        event = "on trial" if flip.now is Ejection.TRIAL else "readmitted"
+        say.info(f"{what} {event}", **about)
 
 
 def _is_loopback(address: Address) -> bool:
@@ -270,7 +387,13 @@ def _gate_settings(config: Config) -> GateSettings:
         trusted=tuple(config.trusted),
         cors=Cors(config.cors.origins),
         barred=_barred(config.manage),
+        max_in_flight=config.limits.max_in_flight,
     )
+
+
+def _rooms(config: Config) -> Rooms:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Rooms.of(config.limits.max_connections, descriptors)
 
 
 def _barred(manage: ManageEntry) -> frozenset[str]:
@@ -306,8 +429,15 @@ def _manage_settings(config: Config) -> ManageSettings:
     )
 
 
-def _proxy_settings(config: Config) -> ProxySettings:
-    return ProxySettings(limits=_limits(config), exact_usage=config.metrics.exact_usage)
+def _passage_settings(config: Config) -> PassageSettings:
+    return PassageSettings(
+        limits=_limits(config),
+        exact_usage=config.metrics.exact_usage,
+        waits=config.timeouts.waits,
+        busy_s=config.timeouts.busy_s,
+        resilience=config.topology.resilience,
+        continues=config.continuation.models if config.continuation.enabled else (),
+    )
 
 
 def _tell(config: Config) -> Callable[[Report, float], None] | None:

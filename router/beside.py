@@ -9,6 +9,6 @@ from router.core.dialect import QUICK_BYTES
 _Found = TypeVar("_Found")
 
 
-async def beside(body: bytes | bytearray, read: Callable[[], _Found]) -> _Found:
+async def beside(body: bytes | bytearray | memoryview, read: Callable[[], _Found]) -> _Found:
     """What `read` makes of the body: in a thread, if it is large."""
     return read() if len(body) <= QUICK_BYTES else await asyncio.to_thread(read)

@@ -53,7 +53,7 @@ class Catalog:
 
     def _cached(self, asked: Asked, build: Callable[[Scope | None], bytes]) -> bytes:
         if asked.scope is not None:
-            self._check(asked.scope)
+            self._check(asked.scope, running=asked.path == "/api/ps")
             return build(asked.scope)
         revision = self._pool.revision
         built = self._built.get(asked.path)
@@ -61,12 +61,16 @@ class Catalog:
             built = self._built[asked.path] = (revision, build(None))
         return built[1]
 
-    def _check(self, scope: Scope) -> None:
-        """Raises Refused where none of the nodes that a path pins is up."""
-        if not self._up(scope):
+    def _check(self, scope: Scope, *, running: bool) -> None:
+        """Raises Refused where none of the nodes that a path pins is up, or none takes requests
+        and it is not asked what is `running`."""
+        up = self._up(scope)
+        if not up:
             nodes = tuple(node for node in self._pool.specs() if node.url in scope.urls)
             refusal = Refusal.PIN_DOWN if len(nodes) == 1 else Refusal.NODES_DOWN
             raise Refused(Rejected(refusal, nodes))
+        if not running and all(node.draining for node in up):
+            raise Refused(Rejected(Refusal.DRAINED, tuple(node.spec for node in up)))
 
     def _up(self, scope: Scope | None) -> list[NodeView]:
         nodes = [node for node in self._pool.snapshot() if node.up and not node.leaving]

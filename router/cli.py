@@ -1,13 +1,19 @@
-"""The command line: serve, check, schema, demo, nodes, version."""
+"""The command line: serve, check, schema, demo, nodes, drain, undrain, version."""
 
 import argparse
+import contextlib
 import http.client
 import json
+import math
 import os
+import re
 import sys
+import textwrap
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,12 @@ from router.schema import schema
 
 _ADMIN = "http://127.0.0.1:11436"
 _TIMEOUT_S = 10
+_TOKEN = "OLLAMUX_ADMIN_TOKEN"
+_ERROR_MAX_BYTES = 1 << 16
+_WAIT_S, _POLL_S = 600.0, 0.2
+_TABLE_COLUMNS, _RESIDENT_COLUMNS = 100, 16
+# What an answer that is none of ours may lead to.
+_TROUBLE = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _FAILED, _REFUSED = 1, 2
 
 
@@ -44,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="router.yaml; without it, one node from OLLAMA_API_BASE or OLLAMA_HOST",
     )
+    serve.add_argument(
+        "--takeover",
+        action="store_true",
+        help="take the place, and the sockets, of the process that serves this configuration",
+    )
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser("check", help="check a configuration and report every mistake")
@@ -61,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--admin", default=_ADMIN, metavar="URL", help=f"default {_ADMIN}")
     nodes.set_defaults(run=_nodes)
 
+    drain = _changing(commands, "drain", "give a node no new requests; what runs there finishes")
+    drain.add_argument("--wait", action="store_true", help="until nothing is in flight there")
+    drain.add_argument(
+        "--timeout", type=_seconds, default=_WAIT_S, metavar="SECONDS",
+        help=f"how long to wait at most, default {_WAIT_S:g}",
+    )  # fmt: skip
+    drain.set_defaults(run=_drain)
+    _changing(commands, "undrain", "give a node requests again").set_defaults(run=_undrain)
+
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
@@ -68,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        return daemon.serve(args.config, os.environ)
+        return daemon.serve(args.config, os.environ, take_over=args.takeover)
     except OSError as error:
         print(f"ollamux: {error.strerror or error}", file=sys.stderr)
         return _FAILED
@@ -93,40 +119,193 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _nodes(args: argparse.Namespace) -> int:
-    url = args.admin.rstrip("/")
-    url = url if "://" in url else f"http://{url}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = _base(args.admin)
     try:
-        with opener.open(f"{url}/status", timeout=_TIMEOUT_S) as answer:
-            status = json.load(answer)
-        print(_table(status))
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "reason", None) or error
-        told = " ".join(str(reason).split())  # it may hold a line of whoever answered
-        print(f"ollamux: no status from {url}: {told}", file=sys.stderr)
-        return _FAILED
+        print(_table(_asked(f"{url}/status")))
+    except _TROUBLE as error:
+        return _failed(f"no status from {url}: {_why(error)}")
     return 0
 
 
-_COLUMNS = ("NODE", "STATE", "IN FLIGHT", "SLOTS", "VERSION", "PRESENT", "RESIDENT", "URL")
+def _drain(args: argparse.Namespace) -> int:
+    url = _base(args.admin)
+    try:
+        node = _changed(url, "drain", args.node)
+        print(f"{node['name']}: drained, {node['in_flight']} in flight")
+        return _waited(url, node, args.timeout) if args.wait else 0
+    except _TROUBLE as error:
+        return _failed(f"drain {args.node}: {_why(error)}")
+
+
+def _undrain(args: argparse.Namespace) -> int:
+    try:
+        node = _changed(_base(args.admin), "undrain", args.node)
+        print(f"{node['name']}: undrained, {node['state']}")
+    except _TROUBLE as error:
+        return _failed(f"undrain {args.node}: {_why(error)}")
+    return 0
+
+
+def _waited(url: str, node: Mapping[str, Any], limit_s: float) -> int:
+    """Wait until nothing is in flight on a drained node, or it is configured no more."""
+    name, deadline = node["name"], time.monotonic() + limit_s
+    while node["in_flight"]:
+        if not node["draining"]:
+            return _failed(f"{name} has been undrained meanwhile")
+        if time.monotonic() >= deadline:
+            return _failed(f"{name}: {node['in_flight']} in flight after {limit_s:g} s")
+        time.sleep(_POLL_S)
+        nodes = _asked(f"{url}/status")["nodes"]
+        node = next((one for one in nodes if one["url"] == node["url"]), {"in_flight": 0})
+    print(f"{name}: nothing in flight")
+    return 0
+
+
+# The admin listener, asked.
+
+
+def _changing(commands: Any, verb: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        verb,
+        help=text,
+        description=f"{text}. The admin token, if one is set, is taken from {_TOKEN}.",
+    )
+    parser.add_argument("node", metavar="NODE", help="its name or address")
+    parser.add_argument("--admin", default=_ADMIN, metavar="URL", help=f"default {_ADMIN}")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"not a number of seconds: {text}")
+
+
+def _base(admin: str) -> str:
+    url = admin.rstrip("/")
+    return url if "://" in url else f"http://{url}"
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """The token is for nobody else."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _asked(url: str, method: str = "GET", token: str = "") -> Any:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, method=method, headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
+    with opener.open(request, timeout=_TIMEOUT_S) as answer:
+        return json.load(answer)
+
+
+def _changed(url: str, verb: str, node: str) -> Mapping[str, Any]:
+    """Have a node drained or undrained; gives its entry of `/status`."""
+    token = os.environ.get(_TOKEN, "")
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise ValueError(f"{_TOKEN} is not plain ASCII without spaces")  # nor to be quoted
+    query = urllib.parse.urlencode({"node": node})
+    entry: Mapping[str, Any] = _asked(f"{url}/{verb}?{query}", "POST", token)
+    return entry
+
+
+def _why(error: Exception) -> str:
+    """In one line: what was said may hold one of whoever answered."""
+    said = _said(error) if isinstance(error, urllib.error.HTTPError) else ""
+    hint = f" ({_TOKEN})" if isinstance(error, urllib.error.HTTPError) and error.code == 401 else ""
+    reason = getattr(error, "reason", None) or error
+    return _printable(" ".join((said or str(reason)).split())) + hint
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read(_ERROR_MAX_BYTES))["error"])
+    except _TROUBLE:
+        return ""
+
+
+def _failed(text: str) -> int:
+    print(f"ollamux: {text}", file=sys.stderr)
+    return _FAILED
+
+
+# What it shows, as a table.
+
+_COLUMNS = ("NODE", "STATE", "IN FLIGHT", "SLOTS", "VERSION", "PRESENT", "URL", "RESIDENT")
 
 
 def _table(status: Mapping[str, Any]) -> str:
-    rows = [_COLUMNS, *(_row(node) for node in status["nodes"])]
+    """One row per node; below, why some of them get no requests, or none for some models."""
+    nodes = status["nodes"]
+    rows = [_COLUMNS[:-1], *(_row(node) for node in nodes)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(lines)
+    left = max(_TABLE_COLUMNS - sum(widths) - 2 * len(widths), _RESIDENT_COLUMNS)
+    last = [_COLUMNS[-1], *(_fitting(node["resident"], left) for node in nodes)]
+    lines = [
+        "  ".join([*map(str.ljust, row, widths), resident])
+        for row, resident in zip(rows, last, strict=True)
+    ]
+    return "\n".join(map(_printable, [*lines, *_below(nodes)]))
+
+
+def _below(nodes: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+    notes = [f"{node['name']}: {note}" for node in nodes for note in _notes(node)]
+    wrapped = [
+        line
+        for note in notes
+        for line in textwrap.wrap(
+            note, _TABLE_COLUMNS, subsequent_indent="  ", break_on_hyphens=False
+        )
+    ]
+    return ["", *wrapped] if wrapped else []
 
 
 def _row(node: Mapping[str, Any]) -> tuple[str, ...]:
-    state = node["state"] if node["state"] == "up" else f"{node['state']} ({node['detail']})"
     return (
         node["name"],
-        state,
+        ", ".join(_states(node)),
         str(node["in_flight"]),
         str(node["slots"]),
         node["version"] or "-",
         str(len(node["present"])),
-        ", ".join(node["resident"]) or "-",
         node["url"],
     )
+
+
+def _states(node: Mapping[str, Any]) -> Sequence[str]:
+    states = ["drained"] if node["draining"] else []
+    whole = [one for one in node["ejected"] if one["model"] is None]
+    states += ["on trial" if one["trial"] else "ejected" for one in whole]
+    return states if states and node["state"] == "up" else [node["state"], *states]
+
+
+def _fitting(names: Sequence[str], width: int) -> str:
+    """As many as fit, the first one at least in part, and how many more there are."""
+    for count in range(len(names), 0, -1):
+        more = f" +{len(names) - count}" if count < len(names) else ""
+        text = ", ".join(names[:count]) + more
+        if len(text) <= width:
+            return text
+    return f"{names[0][: width - len(more) - 2]}..{more}" if names else "-"
+
+
+def _notes(node: Mapping[str, Any]) -> Iterable[str]:
+    if node["state"] != "up":
+        yield f"{node['state']}: {node['detail']}"
+    for one in node["ejected"]:
+        subject = "" if one["model"] is None else f"{one['model']} "
+        wait_s = one["next_trial_s"]
+        when = f"in {wait_s:g} s" if wait_s else "with the next request"
+        if one["busy"]:
+            yield f"{subject}busy, asked again {when}"
+        elif one["trial"]:
+            yield f"{subject}on trial, was ejected: {one['reason']}"
+        else:
+            yield f"{subject}ejected: {one['reason']}; on trial {when}"
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -4,15 +4,18 @@ import asyncio
 import contextlib
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import TypeVar, cast
 from urllib.parse import unquote
 
 import aiohttp.web_protocol
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import LineTooLong
 
+from router import log
+from router.admission import Cause, Held, Room, Surplus
 from router.errors import ClientError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -23,8 +26,8 @@ _VERSIONS = (aiohttp.HttpVersion11, aiohttp.HttpVersion10)
 _SHORTEST_FIELD_BYTES = 4  # a name, a colon, a line end
 _FRAMING_BYTES = 64 * 1024
 _FRAMING_SHARE = 16  # times the body: a byte in a chunk of its own takes six
-
 _Data = TypeVar("_Data", bytes, bytearray)
+_ROOMY = Room()
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Handler = Callable[["Request"], Awaitable["web.StreamResponse | Reply"]]
 
@@ -169,7 +172,19 @@ class Connection(web.RequestHandler):
         self.local: tuple[str, int] | None = None  # the address it came to
         self.admitted: str | None = None  # the Host that `Guard` last let pass
 
+    @property
+    def idle_since(self) -> float | None:
+        """When its last request ended, by the loop's clock; None while one is there, or begins."""
+        waits = self._waiter is not None and not self._waiter.done()
+        if not waits or self._head_handle is not None:
+            return None
+        return self._next_keepalive_close_time - self._keepalive_timeout
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        server = cast(Server, self._manager)
+        if server.full:
+            server.turn_away(cast(asyncio.Transport, transport))
+            return
         super().connection_made(transport)
         self.local = transport.get_extra_info("sockname")[:2]
 
@@ -233,7 +248,7 @@ class Connection(web.RequestHandler):
 
 class Server(web.Server):
     """Makes connections; `handler` answers each request on them. `closing`, once set, makes
-    every answer the last of its connection."""
+    every answer the last of its connection. `refusals` are counted by their cause."""
 
     def __init__(
         self,
@@ -241,6 +256,8 @@ class Server(web.Server):
         *,
         max_header_bytes: int,
         head_timeout_s: float,
+        room: Room = _ROOMY,
+        refusals: Counter[str] | None = None,
         cancels: bool = True,
     ) -> None:
         # A client that leaves must end its handler at once, or its lease outlives it; and
@@ -251,10 +268,18 @@ class Server(web.Server):
             handler_cancellation=cancels,
         )
         self.closing = False
-        self.reconfigure(max_header_bytes=max_header_bytes, head_timeout_s=head_timeout_s)
+        self._empty = asyncio.Event()
+        self.refusals: Counter[str] = Counter() if refusals is None else refusals
+        self.open = 0  # aiohttp's own list still has what was lost in this turn of the loop
+        self.surplus: set[Surplus] = set()
+        self._crowded = False
+        self.reconfigure(
+            max_header_bytes=max_header_bytes, head_timeout_s=head_timeout_s, room=room
+        )
 
-    def reconfigure(self, *, max_header_bytes: int, head_timeout_s: float) -> None:
+    def reconfigure(self, *, max_header_bytes: int, head_timeout_s: float, room: Room) -> None:
         """Take new limits; they hold for connections that come from now on."""
+        self.room = room
         self.max_header_bytes = max_header_bytes
         self._head_timeout_s = head_timeout_s
         self._settings = {
@@ -270,6 +295,70 @@ class Server(web.Server):
         return Connection(
             self, head_timeout_s=self._head_timeout_s, loop=self._loop, **self._settings
         )
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for one more connection."""
+        return self.open >= self.room.served
+
+    def turn_away(self, transport: asyncio.Transport) -> None:
+        """Refuse a connection."""
+        self.refusals[Cause.CONNECTIONS] += 1
+        if not self._crowded:
+            self._crowded = True
+            log.logger().warning("connections refused", limit=self.room.served)
+        Surplus(transport, self.surplus, self.room)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        self.open += 1
+        super().connection_made(handler, transport)
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        self.open -= 1
+        super().connection_lost(handler, exc)
+        if handler._task_handler is None:
+            self._check_empty()
+        else:  # it counts until its task has ended
+            handler._task_handler.add_done_callback(self._check_empty)
+        # Not at the first place that is free: at the limit, there would be a line for each.
+        if self._crowded and self.open <= self.room.served // 2:
+            self._crowded = False
+            log.logger().info("connections accepted again", limit=self.room.served)
+
+    def _check_empty(self, _: object = None) -> None:
+        if not self._connections:
+            self._empty.set()
+
+    async def deserted(self, idle_s: float) -> None:
+        """Wait until the last connection has gone; each is closed when it is idle for `idle_s`.
+
+        Before that a client may be about to send its next request, which would be lost.
+        """
+        while self._connections:
+            due = self._close_idle(idle_s)
+            self._empty.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._empty.wait()
+
+    def _close_idle(self, idle_s: float) -> float:
+        """Close what is due; says when to look again, before which nothing can be."""
+        now = self._loop.time()
+        again = now + idle_s
+        for connection in self.connections:
+            since = cast(Connection, connection).idle_since
+            if since is not None and since + idle_s <= now:
+                connection.force_close()
+            elif since is not None:
+                again = min(again, since + idle_s)
+        return again
+
+    def pre_shutdown(self) -> None:
+        super().pre_shutdown()
+        for one in list(self.surplus):
+            one.abort()
 
     def _request(self, message, payload, protocol, writer, task) -> Request:  # type: ignore[no-untyped-def]
         if message is aiohttp.web_protocol.ERROR:
@@ -340,10 +429,11 @@ def body_at_hand(request: web.BaseRequest, limit: int) -> bytes | None:
 
 
 async def body(
-    request: web.BaseRequest, limit: int, stall_s: float | None = None
+    request: web.BaseRequest, limit: int, stall_s: float | None = None, held: Held | None = None
 ) -> bytes | bytearray:
     """The whole body. Raises ClientError 413 above `limit` bytes, 400 for broken framing, and 408
-    if nothing of it came for `stall_s`: a slow upload is none that has stalled."""
+    if nothing of it came for `stall_s`: a slow upload is none that has stalled. Each piece is
+    added to `held`, which may refuse it."""
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     if waits(request):
@@ -351,6 +441,8 @@ async def body(
     whole = bytearray()
     async with contextlib.aclosing(pieces(request, stall_s)) as source:
         async for piece in source:
+            if held is not None:
+                held.add(len(piece))
             whole += piece
             _bounded(whole, limit)
     return whole

@@ -10,7 +10,7 @@ from itertools import chain
 
 import msgspec
 
-from router import log
+from router import answers, log
 from router.core import retry, wording
 from router.core.dialect import Asked, Framing
 from router.core.progress import SUCCESS, Progress, told
@@ -255,7 +255,8 @@ class Fanout:
         report = errand.report
         report.status, report.ending, report.error = status, ending, text
         body = wording.dumps({"error": text})
-        head = _JSON + errand.lines()
+        later = answers.retry_after(status)
+        head = _JSON + (f"Retry-After: {later}\r\n".encode() if later else b"") + errand.lines()
         reply = Reply(errand.request, status, _reason(status), head, len(body), last=errand.unread)
         reply.finish_with(b"" if report.method == "HEAD" else body)
         return reply

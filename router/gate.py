@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import secrets
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -10,6 +11,7 @@ from urllib.parse import quote
 from aiohttp import hdrs, web
 
 from router import answers, downstream, log
+from router.admission import Cause, Overload
 from router.catalog import Catalog
 from router.core import dialect, retry, wording
 from router.core.dialect import VIA, Asked, Family, Kind, Route
@@ -29,6 +31,7 @@ _ROUTED, _LOCAL = (
     Kind.ROUTED,
     Kind.LOCAL,
 )  # a look-up in the module is a third of the price of one in the enum
+_NOBODY = (Refusal.NODES_DOWN, Refusal.ALL_TRIED, Refusal.DRAINED)
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -39,11 +42,12 @@ class Settings:
     trusted: tuple[Network, ...]
     cors: Cors
     barred: frozenset[str]  # the paths of routes that clients may not use
+    max_in_flight: int
 
 
 @dataclass(slots=True)
 class Gate:
-    """Answers the client listeners."""
+    """Answers the client listeners. `refusals` are counted by their cause."""
 
     proxy: Proxy
     catalog: Catalog
@@ -53,6 +57,7 @@ class Gate:
     guard: Guard
     look: Callable[[Scope | None], Awaitable[None]]  # at what nodes have in memory, if it changed
     ledger: Ledger
+    refusals: Counter[str] = field(default_factory=Counter)
     active: int = 0
     # Random per process and counted within it: unique, without asking the kernel each time.
     _run: str = field(default_factory=lambda: secrets.token_hex(6))
@@ -139,7 +144,8 @@ class Gate:
         query: str,
         allowed: Mapping[str, str] | None,
     ) -> web.StreamResponse | None:
-        """Refuse loops, foreign origins, and what is no endpoint; None for the rest."""
+        """Refuse loops, foreign origins, what is no endpoint, and what is too much; None for the
+        rest."""
         passed = request.headers.getall(VIA, None)
         if passed is not None and self.proxy.instance in ",".join(passed):
             message = "this request has passed this router before: a node's url leads back to it"
@@ -154,6 +160,8 @@ class Gate:
             return answers.wrong_method(route)
         if route.path in self.settings.barred:
             raise ClientError(403, f"the configuration of ollamux does not allow {route.path}")
+        if self.active > self.settings.max_in_flight and route.kind is not _LOCAL:
+            raise Overload(Cause.IN_FLIGHT)
         return None
 
     def _allowed(self, request: Request) -> Mapping[str, str] | None:
@@ -167,7 +175,7 @@ class Gate:
     def _refused(self, report: Report, route: Route, refused: Refused) -> web.StreamResponse:
         """Answer where no node could be asked."""
         refusal = refused.rejected.refusal
-        if route.need is Need.ANY and refusal in (Refusal.NODES_DOWN, Refusal.ALL_TRIED):
+        if route.need is Need.ANY and refusal in _NOBODY:
             return self._sign(self.catalog.fallback(route), report)
         report.reason = refusal.value
         status, message = wording.refusal(route, refused.model, refused.rejected)
@@ -177,18 +185,29 @@ class Gate:
         self, request: Request, report: Report, route: Route | None, error: ClientError
     ) -> web.StreamResponse:
         known = None if error.native else route
+        last = error.last or request.content.exception() is not None
+        if isinstance(error, Overload):
+            last = last or not request.content.is_eof()
+            self.refusals[error.cause] += 1
+            report.reason = error.cause.value
         answer = self._refuse(report, known, error.status, error.message)
-        if error.last or request.content.exception() is not None:
+        if last:
             # The rest of a body that could not be read cannot be told from a request.
             answer.force_close()
         return answer
 
     def _refuse(
-        self, report: Report, route: Route | None, status: int, message: str
+        self,
+        report: Report,
+        route: Route | None,
+        status: int,
+        message: str,
+        retry_s: float = answers.RETRY_S,
     ) -> web.StreamResponse:
         report.error = message
         family = Family.NATIVE if route is None else route.family
-        response = self._sign(answers.error(family, status, message), report)
+        error = answers.error(family, status, message, retry_s=retry_s)
+        response = self._sign(error, report)
         if status >= 500:
             report.ending = Ending.REJECTED
         return response

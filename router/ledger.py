@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from router.core import usage
+from router.core.usage import Usage
 from router.log import Report
 from router.tally import Tally
 
@@ -12,11 +13,18 @@ class Ledger:
     """Requests that have ended and are not counted yet.
 
     Done for many in a row, this work finds its code and its data in the processor's caches; in
-    the midst of each request it costs more. `tell` writes a request's line.
+    the midst of each request it costs more. `tell` writes a request's line, `learn` is given what
+    whole answers told of their nodes, by url and model.
     """
 
-    def __init__(self, tally: Tally, tell: Callable[[Report, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        tally: Tally,
+        tell: Callable[[Report, float], None] | None = None,
+        learn: Callable[[str, str, Usage], None] = lambda url, model, usage: None,
+    ) -> None:
         self.tell = tell
+        self._learn = learn
         self._tally = tally
         self._ended: list[tuple[Report, float]] = []
 
@@ -31,7 +39,10 @@ class Ledger:
         entries, self._ended = self._ended, []
         for report, ended in entries:
             if report.final or report.chunks:
-                report.usage = usage.counted(usage.read(report.final), report.chunks)
+                told = usage.read(report.final)
+                report.usage = usage.counted(told, report.chunks)
+                if told.eval_s is not None and not report.continuations:
+                    self._learn(report.url, report.model, told)
             self._tally.count(report, ended)
             if self.tell is not None:
                 self.tell(report, ended)

@@ -34,6 +34,16 @@ class Ending(enum.StrEnum):
     CANCELLED = "cancelled"  # the client left, or the router was stopped
 
 
+class Continued(enum.StrEnum):
+    """What became of an answer whose node failed in the midst of it, for the `result` label."""
+
+    CONTINUED = "continued"  # another node went on with it
+    ENDED = "ended"  # nothing was left to come but its last records
+    UNABLE = "unable"  # no other node can be told how to go on
+    NO_NODE = "no_node"  # no other node with the very model could be asked
+    LOST = "lost"  # what had come of it was no longer kept
+
+
 # A look-up in the module is a third of the price of one in the enum.
 _OK, _NODE = Ending.OK, Source.NODE
 
@@ -50,7 +60,8 @@ class Report(msgspec.Struct, eq=False):
 
     `model` is a canonical name, `sent` the one that a node is told; `known` says whether a node
     has it, so that it may become a metric label. `client` is an address. `final`: the last records
-    of the answer, `chunks`: how many carried a part of it; `usage` is read from both.
+    of the answer, `chunks`: how many carried a part of it; `usage` is read from both. `url` is
+    that of the last node. `continuations`: one result for each node that failed in the midst.
     """
 
     id: str
@@ -73,6 +84,8 @@ class Report(msgspec.Struct, eq=False):
     final: bytes = b""
     chunks: int = 0
     usage: Usage = NOTHING
+    url: str = ""
+    continuations: tuple[Continued, ...] = ()
 
 
 def setup(level: str, style: str, out: TextIO | None = None) -> None:
@@ -205,6 +218,7 @@ class _Line(msgspec.Struct):
     tokens_from: Source | msgspec.UnsetType
     status: int
     outcome: Ending
+    continuations: tuple[Continued, ...] | msgspec.UnsetType
     error: str | msgspec.UnsetType
     event: str
     level: str
@@ -254,6 +268,7 @@ def _line(report: Report, ended: float, timestamp: str) -> _Line:
         msgspec.UNSET if usage.source is _NODE else usage.source,
         report.status,
         report.ending,
+        report.continuations or msgspec.UNSET,
         report.error or msgspec.UNSET,
         "request",
         "info",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from router import downstream
+from router.admission import Held, Memory
 from router.beside import beside
 from router.build import Builds, recipe
 from router.core import dialect, names
@@ -29,6 +30,7 @@ class Manage:
     pool: Pool
     fanout: Fanout
     builds: Builds
+    memory: Memory
 
     async def handle(self, request: Request, report: Report, asked: Asked, extra: bytes) -> Reply:
         """Answer one request; `extra` header lines are added to the answer.
@@ -37,10 +39,17 @@ class Manage:
         the answer tells.
         """
         errand = Errand(request, report, asked, extra, asked.target)
-        route = asked.route
-        if route.path == "/api/blobs/:digest":
+        if asked.route.path == "/api/blobs/:digest":
             return await self.builds.blob(errand)
-        call, body = await self._read(errand)
+        held = Held(self.memory)
+        try:
+            return await self._handle(errand, report, asked, held)
+        finally:
+            held.close()
+
+    async def _handle(self, errand: Errand, report: Report, asked: Asked, held: Held) -> Reply:
+        route = asked.route
+        call, body = await self._read(errand, held)
         target = self._target(call, asked.scope)
         assert target.model is not None  # a resolved name
         report.model, report.sent, report.known = target.model.key, target.sent, target.known
@@ -57,9 +66,9 @@ class Manage:
             refused.model = refused.model or target.sent
             raise
 
-    async def _read(self, errand: Errand) -> tuple[Call, bytes | bytearray]:
+    async def _read(self, errand: Errand, held: Held) -> tuple[Call, bytes | bytearray]:
         limits = self.fanout.settings.limits
-        body = await downstream.body(errand.request, limits.body_bytes, limits.stalled_body_s)
+        body = await downstream.body(errand.request, limits.body_bytes, limits.stalled_body_s, held)
         if not body:
             raise ClientError(400, "missing request body")
         return await beside(body, partial(dialect.parse, errand.asked.route, body)), body

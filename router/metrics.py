@@ -2,7 +2,7 @@
 
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,13 +12,13 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from router import __version__
 from router.core.bounds import conflicts
-from router.core.types import NodeView
+from router.core.types import Flip, NodeView
 from router.tally import SECONDS, Tally
 
 # A pool whose nodes agree on nothing shall not become as many series as it has models.
@@ -27,12 +27,16 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """What ollamux exports. `nodes` gives the pool's snapshot at each scrape."""
+    """What ollamux exports. `nodes` gives the pool's snapshot at each scrape, `refusals` are
+    counts by cause."""
 
-    def __init__(self, nodes: Callable[[], Sequence[NodeView]]) -> None:
+    def __init__(
+        self, nodes: Callable[[], Sequence[NodeView]], refusals: Mapping[str, int]
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second gauge for every counter, which nobody asked for
         self.registry = CollectorRegistry()
         self.registry.register(_Nodes(nodes))
+        self.registry.register(_Refusals(refusals))
         self.requests = Tally()
         self.registry.register(self.requests)
         self._node_metrics()
@@ -44,6 +48,11 @@ class Metrics:
         )
         self.probe_failures = self._counter(
             "node_probe_failures", "Probes without a usable answer.", "node", "probe"
+        )
+        self.breaker_flips = self._counter(
+            "breaker_flips",
+            "Changes of the breakers of nodes, and of models on them.",
+            *("node", "scope", "to"),
         )
 
     def _config_metrics(self) -> None:
@@ -78,9 +87,28 @@ class Metrics:
         if not usable:
             failures.inc()
 
+    def breaker(self, flip: Flip) -> None:
+        scope = "model" if flip.model else "node"
+        self.breaker_flips.labels(flip.node, scope, flip.now.value).inc()
+
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+
+class _Refusals(Collector):
+    """What was refused for the sake of the others: connections before they are requests, too."""
+
+    def __init__(self, refusals: Mapping[str, int]) -> None:
+        self._refusals = refusals
+
+    def collect(self) -> Iterable[Metric]:
+        refused = CounterMetricFamily(
+            "ollamux_refused", "Refused for there was too much at once.", labels=["cause"]
+        )
+        for cause, count in self._refusals.items():
+            refused.add_metric([cause], count)
+        return [refused]
 
 
 class _Nodes(Collector):
@@ -97,29 +125,58 @@ class _Nodes(Collector):
 
     @staticmethod
     def _families(nodes: Sequence[NodeView]) -> Iterable[Metric]:
-        up = GaugeMetricFamily("ollamux_node_up", "1 while probes answer.", labels=["node"])
-        busy = GaugeMetricFamily("ollamux_node_in_flight", "Leases held.", labels=["node"])
-        slots = GaugeMetricFamily("ollamux_node_slots", "Slots per model.", labels=["node"])
-        present = GaugeMetricFamily(
-            "ollamux_node_models_present", "Models on disk that may be used.", labels=["node"]
-        )
-        resident = GaugeMetricFamily(
-            "ollamux_node_model_resident", "1 per model in memory.", labels=["node", "model"]
-        )
-        conflict = GaugeMetricFamily(
-            "ollamux_model_digest_conflict",
-            "1 while nodes that are up have different models of this name.",
-            labels=["model"],
-        )
-        up_now = ((node.spec.name, node.present) for node in nodes if node.up and not node.leaving)
-        for key in itertools.islice(conflicts(up_now), _CONFLICTS_MAX):
-            conflict.add_metric([key], 1)
-        for node in nodes:
-            name = [node.spec.name]
-            up.add_metric(name, node.up)
-            busy.add_metric(name, node.in_flight)
-            slots.add_metric(name, node.spec.slots)
-            present.add_metric(name, len(node.present))
-            for key in node.resident:
-                resident.add_metric([node.spec.name, key], 1)
-        return [up, busy, slots, present, resident, conflict]
+        return [*_states(nodes), *_sizes(nodes), *_models(nodes)]
+
+
+def _states(nodes: Sequence[NodeView]) -> Iterable[Metric]:
+    up = _gauge("node_up", "1 while probes answer.", "node")
+    draining = _gauge("node_draining", "1 while it is given no new leases.", "node")
+    ejected = _gauge(
+        "node_ejected", "1 while real traffic is kept away, or but for one trial.", "node"
+    )
+    for node in nodes:
+        name = [node.spec.name]
+        up.add_metric(name, node.up)
+        draining.add_metric(name, node.draining)
+        ejected.add_metric(name, any(not one.model for one in node.ejected))
+    return up, draining, ejected
+
+
+def _sizes(nodes: Sequence[NodeView]) -> Iterable[Metric]:
+    busy = _gauge("node_in_flight", "Leases held.", "node")
+    slots = _gauge("node_slots", "Slots per model.", "node")
+    present = _gauge("node_models_present", "Models on disk that may be used.", "node")
+    for node in nodes:
+        name = [node.spec.name]
+        busy.add_metric(name, node.in_flight)
+        slots.add_metric(name, node.spec.slots)
+        present.add_metric(name, len(node.present))
+    return busy, slots, present
+
+
+def _models(nodes: Sequence[NodeView]) -> Iterable[Metric]:
+    resident = _gauge("node_model_resident", "1 per model in memory.", "node", "model")
+    ejected = _gauge(
+        "node_model_ejected", "1 while this model's requests are kept away.", "node", "model"
+    )
+    conflict = _gauge(
+        "model_digest_conflict",
+        "1 while nodes that are up have different models of this name.",
+        "model",
+    )
+    up_now = ((node.spec.name, node.present) for node in nodes if node.up and not node.leaving)
+    for key in itertools.islice(conflicts(up_now), _CONFLICTS_MAX):
+        conflict.add_metric([key], 1)
+    known = {key for node in nodes for key in node.present}
+    for node in nodes:
+        for key in node.resident:
+            resident.add_metric([node.spec.name, key], 1)
+        # A cloud model may have any name that a client thinks of.
+        kept = {one.model for one in node.ejected if one.model and not one.busy}
+        for key in sorted({model if model in known else "unknown" for model in kept}):
+            ejected.add_metric([node.spec.name, key], 1)
+    return resident, ejected, conflict
+
+
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"ollamux_{name}", text, labels=labels)

@@ -5,6 +5,7 @@ for what fails.
 """
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -59,6 +60,15 @@ class Prober:
     looked: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: dict[str, tuple[NodeSpec, asyncio.Task[None]]] = field(default_factory=dict)
+    _urgent: dict[str, set[str]] = field(default_factory=dict)
+    _hurries: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def hurry(self, url: str, what: str) -> None:
+        """Ask a node at once: a request has met something there that a probe should know of."""
+        hurry = self._hurries.get(url)
+        if hurry is not None:
+            self._urgent.setdefault(url, set()).add(what)
+            hurry.set()
 
     def reconfigure(self, settings: Settings) -> None:
         """Take new settings; nodes that came are probed at once, those that went no more."""
@@ -85,11 +95,16 @@ class Prober:
 
     async def _watch(self, spec: NodeSpec) -> None:
         due = dict.fromkeys(_PATHS, 0.0)
+        hurry = self._hurries[spec.url] = asyncio.Event()
         while True:
             now = self.clock()
+            hurry.clear()
+            urgent = self._urgent.pop(spec.url, ())
             # A node that is not up is asked for everything: it must not come up with models
             # that nobody has listed yet.
-            asked = [what for what in _PATHS if due[what] <= now or not self._up(spec)]
+            asked = [
+                what for what in _PATHS if due[what] <= now or what in urgent or not self._up(spec)
+            ]
             usable = await self.look(spec, asked)
             pace = self.settings.suspect_s if self.pool.suspect(spec.url) else None
             for what in asked:
@@ -97,7 +112,9 @@ class Prober:
                 if what not in usable:
                     wait_s = min(wait_s, self.settings.suspect_s)
                 due[what] = self.clock() + wait_s * self._varied()
-            await asyncio.sleep(max(0.0, min(due.values()) - self.clock()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(due.values()) - self.clock())):
+                    await hurry.wait()
 
     def _up(self, spec: NodeSpec) -> bool:
         return not self.pool.suspect(spec.url)
@@ -111,8 +128,7 @@ class Prober:
             tasks = {what: group.create_task(self._ask(spec, what)) for what in asked}
         answers = {what: task.result() for what, task in tasks.items()}
         seen = _observation(answers)
-        flip = self.pool.observe(spec.url, seen, self.clock())
-        if flip is not None:
+        for flip in self.pool.observe(spec.url, seen, self.clock()):
             self.on_flip(flip)
         self.on_seen()
         if self.pool.probed:

@@ -1,15 +1,19 @@
 """Move one response from a node to the client as it comes, and read its last record."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.answers import new_request_id
 from router.core import dialect, usage, wording
 from router.core.dialect import Framing, Route
+from router.core.stitch import Stitch
 from router.core.types import Failure, FailureKind
 from router.downstream import Reply, Request
+from router.errors import UpstreamError
 from router.exchange import Exchange
 from router.headers import HOP_BY_HOP, Header, Passing, named, without
+from router.keep import Kept
 from router.log import Ending, Report
 
 _NOT_RELAYED = HOP_BY_HOP | {b"server", b"content-length"}
@@ -19,6 +23,9 @@ _passing = Passing(lambda name: name not in _NOT_RELAYED and not name.startswith
 _WHOLE = Framing.WHOLE
 _FRAMINGS = {b"application/x-ndjson": Framing.NDJSON, b"text/event-stream": Framing.SSE}
 _NOWHERE = b"\0"  # JSON has none
+_drop = deque[bytes](maxlen=0).append
+_UNWEIGHED = 63  # so many pieces are kept before they are counted
+_ERROR, _NO_MODEL = b'{"error"', b'"model":""'
 _SEAM_BYTES = 3  # an end of a record is four bytes at most
 _SEAM_PIECES = 3
 _RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
@@ -55,14 +62,17 @@ def own_lines(report: Report, extra: bytes) -> bytes:
 
 class Relay:
     """One answer on its way. After a failure, `begun` says whether the client has seen any of
-    it: if not, it may be tried elsewhere; if so, `break_off` ends it honestly.
+    it: if not, it may be tried elsewhere; if so, `resume` goes on with what another node says,
+    and `break_off` ends it honestly.
 
-    `withholds`: the client did not ask for the event with token counts, and does not get it."""
+    `withholds`: the client did not ask for the event with token counts, and does not get it.
+    `kept` takes what the client has seen, for whoever works out how to go on."""
 
     __slots__ = (
-        "_before", "_chunk", "_chunks", "_clock", "_framing", "_head", "_last", "_limits",
-        "_reason", "_record_end", "_reply", "_report", "_request", "_route", "_tail",
-        "_tail_bytes", "_told", "_torn", "_withholds",
+        "_before", "_chunk", "_chunks", "_clock", "_erred", "_framing", "_head", "_keep", "_kept",
+        "_last",
+        "_limits", "_reason", "_record_end", "_reply", "_report", "_request", "_route",
+        "_stitch", "_tail", "_tail_bytes", "_taken", "_told", "_torn", "_withholds",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +84,7 @@ class Relay:
         clock: Callable[[], float],
         *,
         withholds: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         self._request = request
         self._route = route
@@ -90,11 +101,31 @@ class Relay:
         self._told = b""
         self._chunk = route.chunk or _NOWHERE
         self._chunks = 0
+        self._taken = 0  # pieces of any other kind
         self._withholds = withholds
+        self._kept = kept
+        self._keep = _drop if kept is None else kept.take
+        self._stitch: Stitch | None = None
+        self._erred = b""
 
     @property
     def begun(self) -> bool:
         return self._reply is not None
+
+    @property
+    def erred(self) -> bytes:
+        """The record by which a node said that it failed, held back in case another goes on."""
+        return self._erred
+
+    @property
+    def complete(self) -> bool:
+        """The final record has been seen: whatever fails now, nothing is missing."""
+        return dialect.is_final(self._route, self._before + self._last)
+
+    @property
+    def progress(self) -> int:
+        """Grows with every record that the client gets to see, whichever node said it."""
+        return self._chunks + self._taken
 
     async def run(self, exchange: Exchange, extra: bytes) -> Reply:
         """Relay the whole answer; `extra` are header lines of our own. Raises UpstreamError."""
@@ -104,13 +135,51 @@ class Relay:
         report = self._report
         report.status = exchange.status
         report.streamed = self._framing is not _WHOLE
+        if self._framing not in _RECORD_ENDS:
+            self._lose()
         try:
             if self._framing is _WHOLE:
                 return await self._hold(exchange, length)
             return await self._stream(exchange)
         finally:
-            report.final = self._told or self._before + self._last
-            report.chunks = self._chunks
+            self._tell()
+
+    async def resume(self, exchange: Exchange, stitch: Stitch) -> Reply:
+        """Go on with what another node says, where a stream that had begun has failed.
+
+        Raises UpstreamError, before anything of it is relayed where it is no such stream."""
+        _, framing, _ = read_head(exchange.headers)
+        if exchange.status != 200 or framing is not self._framing:
+            detail = f"answered {exchange.status} instead of going on"
+            failure = Failure(FailureKind.GARBAGE, sent=True, received=True, detail=detail)
+            raise UpstreamError(failure)
+        self._stitch = stitch
+        self._withholds = self._withholds or bool(self._told)
+        self._before = self._last = self._told = self._erred = b""
+        self._tail.clear()  # what the dead node did not finish
+        self._tail_bytes = 0
+        try:
+            return await self._stream(exchange)
+        finally:
+            self._tell()
+
+    def end_with(self, records: bytes) -> Reply:
+        """Complete an answer that lacks nothing else, with no node to say so."""
+        reply = self._reply
+        assert reply is not None
+        reply.finish_with(records)
+        self._report.ending = Ending.OK
+        return reply
+
+    def _tell(self) -> None:
+        self._report.final = self._told or self._before + self._last
+        self._report.chunks = self._chunks
+
+    def _lose(self) -> None:
+        """Records that cannot be told apart cannot be gone on with."""
+        if self._kept is not None:
+            self._kept.give_up()
+            self._kept, self._keep = None, _drop
 
     def _make(self, length: int | None) -> Reply:
         report = self._report
@@ -147,16 +216,25 @@ class Relay:
     async def _stream(self, exchange: Exchange) -> Reply:
         self._record_end = _RECORD_ENDS.get(self._framing, b"")
         await exchange.pump(self._take_records, self._drain)
+        if self._erred or self._lost_its_error():
+            raise UpstreamError(
+                Failure(
+                    FailureKind.ANSWERED, sent=True, received=True, detail="failed in the midst"
+                )
+            )
         if self._reply is None:
             self._reply = self._make(None)
         if self._tail:
-            self._before, self._last = self._last, b"".join(self._tail)
-            self._reply.finish_with(self._last)
+            rest = b"".join(self._tail)
+            rest = rest if self._stitch is None else self._stitch.feed(rest)
+            self._before, self._last = self._last, rest
+            self._reply.finish_with(rest)
         return self._reply
 
     def _take(self, data: bytes) -> bool:
         """Pass a piece on, inside the callback that received it."""
         self._before, self._last = self._last, data
+        self._taken += 1
         reply = self._reply
         if reply is None:
             reply = self._reply = self._make(None)
@@ -168,6 +246,10 @@ class Relay:
             data = self._cut(data)
             if not data:
                 return True
+        if self._stitch is not None and not self._torn:
+            data = self._stitch.feed(data)
+            if not data:
+                return True
         if self._withholds and usage.USAGE in data:
             data = self._withhold(data)
             if not data:
@@ -175,14 +257,38 @@ class Relay:
         chunks = data.count(self._chunk)
         self._chunks += chunks
         if chunks != 1 or data.find(self._record_end) + len(self._record_end) != len(data):
-            return self._take(data)
-        # A record of the answer's text, alone, tells nothing else. It is let go at once: what
-        # each of thousands of streams kept of it would be out of the processor's caches by the
-        # time it is freed.
+            return self._take_others(data)
+        self._keep(data)
+        if not self._chunks & _UNWEIGHED:
+            self._weigh()
+        # A record of the answer's text, alone, tells nothing else.
         if self._last:
             self._before = self._last = b""
         reply = self._reply
         return self._take(data) if reply is None else reply.push(data)
+
+    def _take_others(self, data: bytes) -> bool:
+        """Pass on what is no record of text alone; but hold back the line by which a node tells
+        that it fails in the midst of an answer, as another may go on with it."""
+        last = data.rfind(b"\n", 0, -1) + 1
+        if self._chunk is not _NOWHERE and data.startswith(_ERROR, last):
+            self._erred = data[last:]
+            data = data[:last]
+            if not data:
+                return True
+        self._keep(data)
+        self._weigh()
+        return self._take(data)
+
+    def _weigh(self) -> None:
+        if self._kept is not None and not self._kept.weigh():
+            self._keep = _drop
+
+    def _lost_its_error(self) -> bool:
+        """Where a runner fails in the midst of an OpenAI stream, Ollama sends an empty chunk that
+        names no model, and ends."""
+        last = b"" if self._kept is None else self._kept.last
+        return self._framing is Framing.SSE and _NO_MODEL in last and not self.complete
 
     def _withhold(self, data: bytes) -> bytes:
         """What the client gets of it. There is one event of counts, so it is looked for once."""
@@ -201,19 +307,21 @@ class Relay:
             cut = 0
             waiting = self._tail_bytes + len(data)
             if waiting <= self._limits.record_bytes:
-                self._keep(data, waiting)
+                self._put_by(data, waiting)
                 return b""
         elif len(data) - cut > self._limits.record_bytes:
             cut = 0
         whole = b"".join((*self._tail, data[:cut] if cut else data))
         self._torn = not cut
+        if self._torn:
+            self._lose()
         self._tail.clear()
         self._tail_bytes = 0
         if cut and cut < len(data):
-            self._keep(data[cut:], len(data) - cut)
+            self._put_by(data[cut:], len(data) - cut)
         return whole
 
-    def _keep(self, piece: bytes, waiting: int) -> None:
+    def _put_by(self, piece: bytes, waiting: int) -> None:
         self._tail.append(piece)
         self._tail_bytes = waiting
 
@@ -225,11 +333,14 @@ class Relay:
         """End an answer that has begun. If its final record has been seen, it is complete."""
         reply = self._reply
         assert reply is not None
-        if dialect.is_final(self._route, self._before + self._last):
+        if self.complete:
             self._report.ending = Ending.OK
             return reply
         self._report.ending = Ending.BROKEN
         self._report.error = message
+        if self._erred:
+            reply.finish_with(self._erred)
+            return reply
         if self._torn or self._framing is Framing.OPAQUE:
             # Nothing readable can follow half a record: the client must see that it is cut.
             reply.cut()

@@ -5,16 +5,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from router.core.rates import Waits
 from router.core.types import (
     Digest,
     NodeSpec,
     Placement,
     Policy,
     PoolSpec,
+    Resilience,
     Tls,
     Topology,
     Wish,
 )
+from router.core.waits import ModelWaits
 from router.values import (
     AT_LEAST_ONE,
     HEADER_KEYS,
@@ -31,6 +34,7 @@ from router.values import (
     Listen,
     Network,
     NodeUrl,
+    Number,
     Origin,
     Seconds,
     Share,
@@ -166,6 +170,46 @@ class Routing(_Section):
     )
 
 
+class BreakerEntry(_Section):
+    """When requests are kept away from what fails, and when it is tried again."""
+
+    resets: Count = Field(3, description="broken connections in a row that eject a node")
+    answers: Count = Field(
+        5, description="answers of 5xx in a row that eject a model on a node; 503 is none"
+    )
+    good_share: Share = Field(
+        0.8, description="so does a smaller share of good answers, of at least that many"
+    )
+    window_s: Seconds = Field(30, description="over so long")
+    back_off_s: Seconds = Field(1, description="until the first trial; doubled after each")
+    back_off_max_s: Seconds = Field(60, description="the longest time between two trials")
+    jitter: Share = Field(0.5, description="share of that time that is left to chance")
+    panic_share: Share = Field(
+        0.34, description="with fewer of a model's nodes left, ejected ones are tried too"
+    )
+    slow_start_s: Seconds = Field(
+        30, description="until a node that returns gets its full share of requests"
+    )
+
+
+class RetryEntry(_Section):
+    """How often a request that has failed goes to another node."""
+
+    other_nodes: Number = Field(2, description="at most so many without a new record")
+    budget: Share = Field(
+        0.2, description="share of all requests in flight that may be tried again after an answer"
+    )
+    budget_least: Number = Field(20, description="so many may be at any rate,")
+    budget_s: Seconds = Field(10, description="within so long")
+
+
+class Continuation(_Section):
+    """Whether another node finishes a stream whose node has died."""
+
+    enabled: Flag = Field(True, description="false ends such streams with an error")
+    models: Globs = Field(("*",), description="globs of the models whose answers may be continued")
+
+
 class PlacementEntry(_Section):
     """Where some models may live."""
 
@@ -214,20 +258,69 @@ class MetricsEntry(_Section):
     )
 
 
+class ModelTimeouts(_Section):
+    """Other limits for some models; what is left out is as for all."""
+
+    first_byte_s: Seconds | None = Field(None, description="instead of the one for all models")
+    first_byte_min_s: Seconds | None = Field(None, description="instead of the one for all models")
+    between_records_s: Seconds | None = Field(None, description="instead of the one for all models")
+    silent_down_s: Seconds | None = Field(None, description="instead of the one for all models")
+
+
 class Timeouts(_Section):
     """Limits of waiting, in seconds. A request as a whole has none."""
 
     connect_s: Seconds = Field(2, description="to connect to a node")
-    first_byte_s: Seconds = Field(600, description="to a node's first byte: loads are slow")
+    first_byte_s: Seconds = Field(
+        600, description="to a node's first byte: loads are slow; later the least if not streamed"
+    )
+    first_byte_min_s: Seconds = Field(
+        60, description="the least to a stream's first byte, once the node's speed is known"
+    )
     between_records_s: Seconds = Field(600, description="between two records of an answer")
+    silent_down_s: Seconds = Field(
+        60, description="the most in both places, for a node that fails its probes too"
+    )
+    models: dict[Glob, ModelTimeouts] = Field(
+        {},
+        description="glob of model names: other limits; the first that fits counts",
+        json_schema_extra={"additionalProperties": False},
+    )
+    busy_s: Seconds = Field(
+        120, description="for room, where all nodes with the model say that they are busy"
+    )
     drain_timeout_s: Seconds = Field(60, description="for requests in flight at shutdown")
     stalled_body_s: Seconds = Field(60, description="for a client to send more of a body")
     head_timeout_s: Seconds = Field(30, description="for a client to send a request's head")
 
+    @property
+    def waits(self) -> ModelWaits:
+        """How long a node may be silent, for each model."""
+        rows = tuple((glob, self._waits(entry)) for glob, entry in self.models.items())
+        return ModelWaits(self._waits(ModelTimeouts()), rows)
+
+    def _waits(self, entry: ModelTimeouts) -> Waits:
+        return Waits(
+            first_byte_s=entry.first_byte_s or self.first_byte_s,
+            first_byte_min_s=entry.first_byte_min_s or self.first_byte_min_s,
+            between_s=entry.between_records_s or self.between_records_s,
+            silent_down_s=entry.silent_down_s or self.silent_down_s,
+        )
+
 
 class Limits(_Section):
-    """Limits of size: a number of bytes, or a text such as 8MiB."""
+    """Limits of number and of size: a number of bytes, or a text such as 8MiB."""
 
+    max_connections: Count = Field(
+        16384, description="of clients; fewer where the process may not have so many descriptors"
+    )
+    max_in_flight: Count = Field(
+        8192, description="requests being answered: more are told to come back"
+    )
+    # Room for two of the largest bodies.
+    max_buffered_bytes: Size = Field(
+        "1GiB", validate_default=True, description="bodies and kept texts of all requests together"
+    )
     max_body_bytes: Size = Field(
         "512MiB", validate_default=True, description="a request's body: images are large"
     )
@@ -302,6 +395,15 @@ class Config(_Section):
         default_factory=Probe, description="how nodes are asked whether they are well"
     )
     routing: Routing = Field(default_factory=Routing, description="how a node is chosen")
+    breaker: BreakerEntry = Field(
+        default_factory=BreakerEntry, description="when requests are kept away from what fails"
+    )
+    retry: RetryEntry = Field(
+        default_factory=RetryEntry, description="how often a failed request goes elsewhere"
+    )
+    continuation: Continuation = Field(
+        default_factory=Continuation, description="another node finishes what one has begun"
+    )
     timeouts: Timeouts = Field(
         default_factory=Timeouts, description="limits of waiting, in seconds"
     )
@@ -337,6 +439,7 @@ class Config(_Section):
             digest=self.routing.digest,
             up_after=self.probe.up_after,
             down_after=self.probe.down_after,
+            resilience=Resilience(**self.breaker.model_dump(), **self.retry.model_dump()),
         )
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -352,7 +455,11 @@ MODELS: dict[str, type[BaseModel]] = {
     "admin": Admin,
     "probe": Probe,
     "routing": Routing,
+    "breaker": BreakerEntry,
+    "retry": RetryEntry,
+    "continuation": Continuation,
     "timeouts": Timeouts,
+    "models": ModelTimeouts,
     "limits": Limits,
     "log": Log,
     "cors": Cors,

@@ -1,11 +1,14 @@
 """Limits on how long a node may be silent, with one timer for all connections."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from math import inf
 
 from router.wire import Connection
+
+# No limit at all, yet a moment from which the silence so far can be counted.
+_ENDLESS_S = 1e9
 
 
 class Sweep:
@@ -25,9 +28,27 @@ class Sweep:
         # Asking asyncio each time is a system call, before Python 3.12.
         return asyncio.get_running_loop()
 
-    def limit(self, conn: Connection, limit_s: float | None) -> None:
-        """From now on, more than `limit_s` of silence ends the exchange on this connection."""
-        due = conn.limit(inf if limit_s is None else limit_s)
+    def limit(
+        self,
+        conn: Connection,
+        limit_s: float | None,
+        down_s: float | None = None,
+        *,
+        down: bool = False,
+    ) -> None:
+        """From now on, more than `limit_s` of silence ends the exchange on this connection, and
+        more than `down_s` while its node is down."""
+        if down_s is None:
+            due = conn.limit(inf if limit_s is None else limit_s)
+        else:
+            due = conn.limit(_ENDLESS_S if limit_s is None else limit_s, down_s, down=down)
+        if due < self._at:
+            self._set(due)
+
+    def doubt(self, connections: Iterable[Connection], *, down: bool) -> None:
+        """The node of these connections fails its probes, or answers them again. Those that have
+        been silent for too long already are cut at the loop's next turn."""
+        due = min((conn.doubt(down=down) for conn in connections), default=inf)
         if due < self._at:
             self._set(due)
 

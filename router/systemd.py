@@ -1,10 +1,17 @@
-"""Tell systemd how the process is: sd_notify(3), without a library."""
+"""What passes between systemd and this process, without a library: sd_notify(3) tells how it is,
+sd_listen_fds(3) brings sockets."""
 
 import asyncio
+import itertools
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+
+from router.listeners import Listener, Role
+
+_FIRST_FD = 3
+_NAMED: Mapping[str, Role] = {"clients": "clients", "admin": "admin"}
 
 
 class Notifier:
@@ -39,3 +46,32 @@ class Notifier:
         while self.watchdog_s:
             self.send(WATCHDOG="1")
             await asyncio.sleep(self.watchdog_s / 2)
+
+
+def sockets(env: MutableMapping[str, str], admin_port: int) -> list[Listener]:
+    """The sockets that systemd keeps for this process; takes what tells of them out of `env`.
+
+    `FileDescriptorName=` says for whom one is: `clients` or `admin`. Without that, the one with
+    the admin listener's port is the admin's, and all others are the clients'. Raises OSError for
+    one that no client could connect to.
+    """
+    pid, count, names = (
+        env.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    )
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    fds = range(_FIRST_FD, _FIRST_FD + int(count))
+    named = itertools.zip_longest(fds, names.split(":")[: len(fds)])
+    return [_given(fd, name, admin_port) for fd, name in named]
+
+
+def _given(fd: int, name: str | None, admin_port: int) -> Listener:
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    sock.setblocking(False)
+    tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+    if not tcp or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.close()
+        raise OSError(f"systemd gives a socket that does not listen for TCP: {name or fd}")
+    by_port: Role = "admin" if sock.getsockname()[1] == admin_port else "clients"
+    return Listener(_NAMED.get(name or "", by_port), None, sock)

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from router.core.usage import NOTHING, Source
-from router.log import Ending, Report
+from router.log import Continued, Ending, Report
 
 SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600,
@@ -93,6 +93,7 @@ class Tally(Collector):
         self._overhead = Spread(_FINE_SECONDS)
         self._retries: Counter[str] = Counter()
         self._decisions: Counter[str] = Counter()
+        self._continuations: Counter[Continued] = Counter()
 
     def count(self, report: Report, ended: float) -> None:
         """Add a request that ended at `ended` (monotonic seconds)."""
@@ -108,6 +109,8 @@ class Tally(Collector):
             self._decisions[report.reason] += 1
         if report.attempts > 1:
             self._retries[report.endpoint] += report.attempts - 1
+        if report.continuations:
+            self._continuations.update(report.continuations)
         if report.overhead_s is not None:
             self._overhead.add(report.overhead_s)
         load_s = report.usage.load_s
@@ -142,6 +145,13 @@ class Tally(Collector):
         for reason, count in self._decisions.items():
             decisions.add_metric([reason], count)
         yield decisions
+        continued = _counter(
+            "continuations", "Answers whose node failed in the midst, by what became of them.",
+            "result",
+        )  # fmt: skip
+        for result in Continued:
+            continued.add_metric([result.value], self._continuations[result])
+        yield continued
 
     def _spreads(self) -> Iterable[Metric]:
         kinds: Sequence[tuple[str, str, Callable[[_Place], Spread]]] = (

@@ -1,6 +1,7 @@
 """The only code that speaks HTTP to a node for a relayed request: connects, keeps, lends."""
 
 import asyncio
+import errno
 import ipaddress
 import os
 import re
@@ -23,6 +24,9 @@ __all__ = ["Exchange", "Upstream", "request_head"]
 
 # Written by `request_head` itself, or part of one connection.
 _OWN = HOP_BY_HOP | {b"content-length", b"host"}
+_LACKING = frozenset((
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN,
+))  # fmt: skip
 _passing = Passing(lambda name: name not in _OWN)
 _request_line = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.1").fullmatch
 
@@ -159,7 +163,8 @@ class Upstream:
         self._closed = False
         self._idle: dict[str, _Idle] = {}
         self._contexts: dict[Tls, ssl.SSLContext] = {}
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, str] = {}  # to which url
+        self._down: set[str] = set()
         self._sweep = Sweep(self._connections)
         self._all_gone = asyncio.Event()
 
@@ -177,12 +182,14 @@ class Upstream:
         no_body: bool = False,
         first_byte_s: float | None = None,
         between_s: float | None = None,
+        down_s: float | None = None,
     ) -> Exchange:
         """Send a request and wait for the status and headers of its response.
 
         `head` is whole, from the request line to the blank line (`request_head`). `fresh`: over
         a new connection. `no_body`: the response to a HEAD. `first_byte_s`: how long the head of
-        the response may take once connected; `between_s`: how long the node may then be silent.
+        the response may take once connected; `between_s`: how long the node may then be silent;
+        `down_s`: how long at most in both cases while it is in doubt (`doubt`).
         The caller closes the exchange. Raises `UpstreamError`; cancelled, it cuts the connection.
         A `body` that can change must not, until the exchange is closed; an Upload is sent as it
         comes, and what its source raises cuts the connection.
@@ -191,21 +198,29 @@ class Upstream:
         conn = None if fresh else idle.take()
         if conn is None:
             conn = await self._connect(node, idle)
-        self._sweep.limit(conn, first_byte_s)
+        self._sweep.limit(conn, first_byte_s, down_s, down=node.url in self._down)
         try:
             await conn.request(head, body, no_body=no_body)
         except BaseException:
             conn.abort()
             raise
         if not conn.whole:
-            self._sweep.limit(conn, between_s)
+            self._sweep.limit(conn, between_s, down_s, down=node.url in self._down)
         return Exchange(conn, idle.give)
+
+    def doubt(self, url: str, *, down: bool) -> None:
+        """The node fails its probes, or answers them again. While it fails them, `down_s` is the
+        limit of every exchange with it: of those that run, too, whose silence so far counts."""
+        if down:
+            self._down.add(url)
+        else:
+            self._down.discard(url)
+        self._sweep.doubt((conn for conn, to in self._connections.items() if to == url), down=down)
 
     def forget(self, url: str) -> None:
         """Close the node's idle connections now, and its busy ones as they finish."""
-        idle = self._idle.pop(url, None)
-        if idle is not None:
-            idle.close()
+        self._down.discard(url)
+        self._drop_idle(url)
 
     async def close(self) -> None:
         """Cut every connection, idle or busy, and wait until all are gone."""
@@ -220,9 +235,15 @@ class Upstream:
     def _idle_of(self, node: NodeSpec) -> _Idle:
         idle = self._idle.get(node.url)
         if idle is None or (idle.tls is not node.tls and idle.tls != node.tls):
-            self.forget(node.url)  # a connection made without a check must not outlive the switch
+            # A connection made without a check must not outlive the switch.
+            self._drop_idle(node.url)
             idle = self._idle[node.url] = _Idle(node.tls, self._limits, self._clock)
         return idle
+
+    def _drop_idle(self, url: str) -> None:
+        idle = self._idle.pop(url, None)
+        if idle is not None:
+            idle.close()
 
     async def _connect(self, node: NodeSpec, idle: _Idle) -> Connection:
         try:
@@ -231,7 +252,7 @@ class Upstream:
                 conn = await self._dial(node, context, idle)
         except TimeoutError:
             raise _no_connection(f"no connection within {self.connect_s:g} s") from None
-        self._connections.add(conn)
+        self._connections[conn] = node.url
         if self._closed:
             conn.abort()
             raise _no_connection("the router is stopping")
@@ -267,7 +288,7 @@ class Upstream:
 
     def _lost(self, idle: _Idle, conn: Connection) -> None:
         idle.drop(conn)
-        self._connections.discard(conn)
+        self._connections.pop(conn, None)
         if not self._connections:
             self._all_gone.set()
 
@@ -312,8 +333,11 @@ def _no_connection(detail: str) -> UpstreamError:
 
 
 def _verdict(errors: list[OSError]) -> UpstreamError:
-    """Refused if every address refused; else the first thing that says more."""
+    """Refused if every address refused; else the first thing that says more. What this process
+    lacks is no fault of the node's."""
     for error in errors:
+        if error.errno in _LACKING:
+            return UpstreamError(Failure(FailureKind.OURS, detail=_told(error)))
         if not isinstance(error, ConnectionRefusedError):
             return _no_connection(_told(error))
     return UpstreamError(Failure(FailureKind.REFUSED, detail="connection refused"))

@@ -153,6 +153,7 @@ Slots = Annotated[
 _Typed = BeforeValidator(yamlfile.typed)
 Flag = Annotated[bool, _Typed]
 Count = Annotated[_Positive, _Typed]
+Number = Annotated[int, Field(ge=0, le=1_000_000), _Typed]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False), _Typed]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False), _Typed]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _Typed]

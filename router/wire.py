@@ -64,10 +64,10 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_alarm", "_buffered", "_chunked", "_feed", "_full", "_high_water", "_keep", "_limit_s",
-        "_loop", "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused", "_sent", "_sink",
-        "_time", "_transport", "_unseen", "_waiter", "_whole", "born", "due", "failure", "headers",
-        "on_body", "pieces", "reason", "state", "status",
+        "_alarm", "_buffered", "_chunked", "_down_s", "_feed", "_full", "_high_water", "_keep",
+        "_limit_s", "_loop", "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused",
+        "_sent", "_sink", "_time", "_transport", "_unseen", "_up_s", "_waiter", "_whole", "born",
+        "due", "failure", "headers", "on_body", "pieces", "reason", "state", "status",
     )  # fmt: skip
 
     _transport: asyncio.Transport
@@ -93,7 +93,7 @@ class Connection(asyncio.Protocol):
         self._reused = False
         self._paused = False  # we asked the transport not to read
         self._full = False  # the transport asked us not to write
-        self._limit_s = inf
+        self._up_s = self._down_s = self._limit_s = inf
         self.due = inf
 
     def __repr__(self) -> str:
@@ -192,11 +192,23 @@ class Connection(asyncio.Protocol):
         """Close at once. A response that is not whole by now has failed."""
         self._end(FailureKind.RESET, "closed by the router")
 
-    def limit(self, limit_s: float) -> float:
+    def limit(self, limit_s: float, down_s: float = inf, *, down: bool = False) -> float:
         """How long the node may be silent from now on: until the head is whole, or between two
-        pieces of the body. Returns the time by which `overdue` has to be asked."""
-        self._limit_s = limit_s
-        self.due = self._time() + limit_s
+        pieces of the body; and how long at most while it is `down`, as the probes say (`doubt`).
+        Returns the time by which `overdue` has to be asked."""
+        self._up_s = limit_s
+        self._down_s = min(limit_s, down_s)
+        self._limit_s = self._down_s if down else limit_s
+        self.due = self._time() + self._limit_s
+        return self.due
+
+    def doubt(self, *, down: bool) -> float:
+        """The probes have changed their mind: the other limit holds, the silence so far counts.
+        Returns what `limit` does."""
+        limit_s = self._down_s if down else self._up_s
+        if limit_s != self._limit_s:  # both may be without end
+            self.due += limit_s - self._limit_s
+            self._limit_s = limit_s
         return self.due
 
     def overdue(self, now: float) -> float:
@@ -208,10 +220,8 @@ class Connection(asyncio.Protocol):
             self.due = now + self._limit_s
         if self.due > now:
             return self.due
-        if self.state is _HEAD:
-            self._end(FailureKind.FIRST_BYTE_TIMEOUT, f"no first byte within {self._limit_s:g} s")
-        else:
-            self._end(FailureKind.STALLED, f"sent nothing for {self._limit_s:g} s")
+        kind = FailureKind.FIRST_BYTE_TIMEOUT if self.state is _HEAD else FailureKind.STALLED
+        self._end(kind, self._silence())
         return inf
 
     def error(self) -> UpstreamError:
@@ -428,6 +438,13 @@ class Connection(asyncio.Protocol):
 
     def _head_bytes(self) -> int:
         return sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    def _silence(self) -> str:
+        if self._limit_s < self._up_s:
+            return f"sent nothing for {self._limit_s:g} s and fails its probes"
+        if self.state is _HEAD:
+            return f"no first byte within {self._limit_s:g} s"
+        return f"sent nothing for {self._limit_s:g} s"
 
     def _where(self) -> str:
         return "before the response" if self.state is _HEAD else "inside the response"

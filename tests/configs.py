@@ -21,8 +21,8 @@ HOSTPORT = "host:port is expected, with an IPv6 address in brackets"
 ITSELF = "the router itself listens there and would call itself"
 LEVELS = "accepted: 'debug', 'info', 'warning' or 'error'"
 ROOT_KEYS = (
-    "accepted: listen, admin, trusted, nodes, pools, aliases, probe, routing, timeouts, limits, "
-    "log, cors, placement, manage, metrics"
+    "accepted: listen, admin, trusted, nodes, pools, aliases, probe, routing, breaker, retry, "
+    "continuation, timeouts, limits, log, cors, placement, manage, metrics"
 )
 NODE_KEYS = "accepted: name, url, slots, weight, models, labels, headers, tls, primary, cloud"
 

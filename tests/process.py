@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,18 @@ from tests.rig import MODEL
 
 ROOT = Path(__file__).parent.parent
 _NOT_INHERITED = (
-    "OLLAMA_", "OLLAMUX_", "NOTIFY_", "WATCHDOG_", "HTTP_", "HTTPS_", "ALL_", "PYTHONUNBUFFERED",
+    "OLLAMA_", "OLLAMUX_", "NOTIFY_", "WATCHDOG_", "LISTEN_", "RUNTIME_DIRECTORY", "HTTP_",
+    "HTTPS_", "ALL_", "PYTHONUNBUFFERED",
 )  # fmt: skip
+
+# Where processes meet that take over from each other: gone with this one.
+_RUNTIME = tempfile.TemporaryDirectory(prefix="ollamux-")
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, without what would change how a router behaves."""
     inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith(_NOT_INHERITED)}
-    return inherited | dict(extra)
+    return inherited | {"XDG_RUNTIME_DIR": _RUNTIME.name} | dict(extra)
 
 
 def settings(*nodes: SimNode, **sections: Any) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -14,7 +16,9 @@ from router import __version__
 from router.admin import ReloadResult
 from router.app import App
 from router.metrics import CONTENT_TYPE
-from tests.rig import MODEL, model, parsed, rig, spec, talk
+from router.sim import Fault, FaultKind, SimNode
+from tests.process import entry, serving, settings, write
+from tests.rig import MODEL, Rig, model, parsed, rig, spec, talk
 
 TOKEN = "hush-hush"
 
@@ -30,8 +34,13 @@ class Guarded:
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def reload(self, token: str | None = None, scheme: str = "Bearer") -> tuple[int, Any]:
+        return await self.post("/reload", token, scheme)
+
+    async def post(
+        self, path: str, token: str | None = None, scheme: str = "Bearer"
+    ) -> tuple[int, Any]:
         headers = {} if token is None else {"Authorization": f"{scheme} {token}"}
-        async with self.session.post(f"{self.url}/reload", headers=headers) as answer:
+        async with self.session.post(f"{self.url}{path}", headers=headers) as answer:
             return answer.status, await answer.json()
 
 
@@ -105,7 +114,8 @@ async def test_status_shows_nodes_models_and_configuration() -> None:
         assert first.pop("for_s") >= 0
         assert first == {
             "name": "n1", "url": r.nodes[0].url, "pool": "default", "state": "up",
-            "detail": "answers", "in_flight": 0, "slots": 1, "weight": 1.0, "labels": labels,
+            "detail": "answers", "draining": False, "ejected": [], "in_flight": 0,
+            "slots": 1, "weight": 1.0, "labels": labels,
             "version": "0.33.0", "present": [MODEL, "other:latest"], "resident": ["other:latest"],
         }  # fmt: skip
         assert (second["name"], second["slots"], second["resident"]) == ("n2", 3, [])
@@ -177,7 +187,7 @@ async def test_a_configured_token_is_needed_for_what_changes(listen: str) -> Non
 async def test_no_page_of_a_browser_may_act_here(method: str, origin: str) -> None:
     async with rig() as r:
         headers = {"Origin": origin}
-        for path in ("/status", "/reload", "/nowhere"):
+        for path in ("/status", "/reload", "/drain?node=n1", "/nowhere"):
             async with r.session.request(method, r.admin + path, headers=headers) as answer:
                 assert answer.status == 403
                 assert "Access-Control-Allow-Origin" not in answer.headers
@@ -190,6 +200,7 @@ async def test_other_paths_and_methods_are_refused_plainly() -> None:
             ("GET", "/status/", 404, None),
             ("GET", "/api/tags", 404, None),
             ("GET", "/reload", 405, "POST"),
+            ("GET", "/drain?node=n1", 405, "POST"),
             ("POST", "/status", 405, "GET, HEAD"),
             ("DELETE", "/healthz", 405, "GET, HEAD"),
         ):
@@ -225,3 +236,258 @@ async def test_what_is_not_http_is_no_error_of_ours_and_not_echoed(head: bytes) 
         assert b"hush" not in said
         assert b"hhhh" not in said
         assert not [entry for entry in r.lines if entry["level"] in ("warning", "error")]
+
+
+# Draining a node
+
+
+async def said(r: Rig, path: str) -> tuple[int, Any]:
+    """(status, answer) of a POST to the admin listener."""
+    async with r.session.post(r.admin + path) as answer:
+        return answer.status, await answer.json()
+
+
+async def entries(r: Rig) -> Mapping[str, dict[str, Any]]:
+    """The nodes of `/status` by their names."""
+    async with r.session.get(f"{r.admin}/status") as answer:
+        return {node["name"]: node for node in (await answer.json())["nodes"]}
+
+
+async def answered_by(r: Rig, **fields: Any) -> str:
+    """The node that a chat went to, or why it went to none."""
+    async with r.chat(stream=False, **fields) as answer:
+        told = await answer.json()
+        return str(answer.headers["X-Ollamux-Node"] if answer.status == 200 else told["error"])
+
+
+async def test_a_drained_node_finishes_what_it_has_and_gets_no_more() -> None:
+    async with rig(spec(), spec()) as r:
+        r.nodes[0].fault = Fault(FaultKind.STALL, after=1, times=1)
+        async with r.chat(model=f"{MODEL}@n1") as running:
+            await running.content.readline()
+            status, node = await said(r, "/drain?node=n1")
+            assert (status, node["draining"], node["in_flight"]) == (200, True, 1)
+            assert (await entries(r))["n1"].items() >= {"state": "up", "draining": True}.items()
+            assert {await answered_by(r) for _ in range(6)} == {"n2"}
+            r.nodes[0].release()
+            last = (await running.read()).splitlines()[-1]
+            assert json.loads(last)["done"] is True
+        status, node = await said(r, "/undrain?node=n1")
+        assert (status, node["draining"], node["in_flight"]) == (200, False, 0)
+        assert {await answered_by(r) for _ in range(6)} == {"n1", "n2"}
+
+
+async def test_draining_twice_is_draining_once_and_one_line() -> None:
+    async with rig(spec(), spec()) as r:
+        address = r.nodes[0].url.removeprefix("http://")
+        for name in ("n1", "N1", address, r.nodes[0].url):
+            status, node = await said(r, f"/drain?node={name}")
+            assert (status, node["name"], node["draining"]) == (200, "n1", True)
+        for _ in range(2):
+            assert (await said(r, "/undrain?node=n1"))[0] == 200
+        told = [line for line in r.lines if "drained" in line["event"]]
+        assert [line["event"] for line in told] == ["node drained", "node undrained"]
+        about = {"level": "info", "node": "n1", "in_flight": 0}
+        assert all(line.items() >= about.items() for line in told)
+
+
+@pytest.mark.parametrize("verb", ["drain", "undrain"])
+async def test_only_one_node_that_there_is_can_be_drained(verb: str) -> None:
+    same = "http://127.0.0.1:1"
+    async with rig(spec(), spec(), entries=[{}, {"url": f"{same}/a"}]) as r:
+        r.app.reconfigure(parsed({
+            **r.settings, "nodes": [*r.settings["nodes"], {"name": "n3", "url": f"{same}/b"}],
+        }))  # fmt: skip
+        several = f"n2 ({same}/a), n3 ({same}/b)"
+        which = "say which node: ?node=NAME"
+        for query, status, error in (
+            ("", 400, which),
+            ("?node=", 400, which),
+            ("?node=n1&node=n2", 400, which),
+            ("?node=127.0.0.1:1", 400, f"'127.0.0.1:1' stands for several nodes: {several}"),
+            ("?node=default", 400, "'default' stands for several nodes"),
+            ("?node=n4", 404, f"'n4'; the nodes are: n1 ({r.nodes[0].url}), {several}"),
+            ("?node=a%20b%0A", 404, "no node is named 'a b\n'; the nodes are: n1 "),
+        ):
+            found, told = await said(r, f"/{verb}{query}")
+            assert found == status
+            assert error in told["error"]
+        assert not any(node["draining"] for node in (await entries(r)).values())
+
+
+async def test_draining_needs_the_token() -> None:
+    async with guarded("127.0.0.1:0", TOKEN) as admin:
+        for path in ("/drain?node=127.0.0.1:1", "/undrain?node=127.0.0.1:1"):
+            for wrong in (None, "wrong"):
+                assert (await admin.post(path, wrong))[0] == 401
+            assert (await admin.post(path, TOKEN))[0] == 200
+    async with guarded("0.0.0.0:0") as admin:
+        assert (await admin.post("/drain?node=127.0.0.1:1"))[0] == 403
+
+
+async def test_not_ready_while_all_that_are_up_are_drained() -> None:
+    async with rig(spec(), spec(), entries=[{}, {}]) as r:
+
+        async def ready() -> tuple[int, str]:
+            async with r.session.get(f"{r.admin}/readyz") as answer:
+                return answer.status, await answer.text()
+
+        await said(r, "/drain?node=n1")
+        assert await ready() == (200, "ready\n")
+        await said(r, "/drain?node=n2")
+        assert await ready() == (503, "all nodes that are up are drained: n1, n2\n")
+        await r.nodes[0].refuse()
+        await r.look()
+        assert await ready() == (503, "all nodes that are up are drained: n2\n")
+        await said(r, "/undrain?node=n2")
+        assert await ready() == (200, "ready\n")
+
+
+async def test_draining_survives_a_reload_and_ends_with_the_node(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    async with SimNode(spec()) as one, SimNode(spec()) as two:
+        write(path, settings(one, two))
+        async with serving(path) as router:
+
+            async def drained() -> Mapping[str, bool]:
+                nodes = (await router.status())["nodes"]
+                return {node["name"]: node["draining"] for node in nodes}
+
+            async def reloaded(*nodes: dict[str, Any]) -> None:
+                write(path, {**settings(), "nodes": list(nodes)})
+                await router.reload()
+                names = [node["name"] for node in nodes]
+                await router.until(lambda shown: [n["name"] for n in shown["nodes"]] == names)
+
+            async with router.session.post(f"{router.admin}/drain?node=n1") as answer:
+                assert answer.status == 200
+            await reloaded(entry(one, "renamed", weight=2), entry(two, "n2"))
+            assert await drained() == {"renamed": True, "n2": False}
+            for _ in range(4):
+                async with router.chat(stream=False) as answer:
+                    assert answer.headers["X-Ollamux-Node"] == "n2"
+            await reloaded(entry(two, "n2"))
+            await reloaded(entry(one, "n1"), entry(two, "n2"))
+            assert await drained() == {"n1": False, "n2": False}
+
+
+PINNED: Mapping[str, dict[str, Any]] = {
+    "/api/chat": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("path", PINNED)
+async def test_a_pin_to_a_drained_node_is_a_503_that_says_so(path: str) -> None:
+    async with rig(spec(), spec()) as r:
+        await said(r, "/drain?node=n1")
+        for where, name in ((path, f"{MODEL}@n1"), (f"/@n1{path}", MODEL)):
+            body = {"model": name, **PINNED[path]}
+            async with r.session.post(r.url + where, json=body) as answer:
+                assert answer.status == 503
+                assert int(answer.headers["Retry-After"]) >= 1
+                error = (await answer.json())["error"]
+            text = error if isinstance(error, str) else error["message"]
+            assert "n1" in text
+            assert "drained" in text
+        assert not r.nodes[0].calls(path)
+        assert {line["reason"] for line in r.requests} == {"drained"}
+
+
+async def test_what_only_drained_nodes_have_is_not_listed_while_what_runs_there_is() -> None:
+    own = model("own:latest")
+    async with rig(spec(model(), own, warm=("own",)), spec()) as r:
+        await said(r, "/drain?node=n1")
+
+        async def listed(path: str, key: str = "models") -> list[str]:
+            async with r.session.get(r.url + path) as answer:
+                assert answer.status == 200
+                return [one.get("name") or one["id"] for one in (await answer.json())[key]]
+
+        assert await answered_by(r, model="own") == await answered_by(r, model="own@n1")
+        assert await listed("/api/tags") == [MODEL]
+        assert await listed("/v1/models", "data") == [MODEL]
+        assert await listed("/api/ps") == await listed("/@n1/api/ps") == ["own:latest"]
+        for path in ("/@n1/api/tags", "/@n1/v1/models"):
+            async with r.session.get(r.url + path) as answer:
+                assert answer.status == 503
+                assert "drained" in await answer.text()
+        await said(r, "/undrain?node=n1")
+        assert sorted(await listed("/api/tags")) == [MODEL, "own:latest"]
+
+
+# Ejections
+
+LONG = {"resets": 1, "answers": 1, "back_off_s": 3600, "back_off_max_s": 3600, "jitter": 0.0}
+
+
+async def fails(r: Rig, name: str, fault: Fault) -> None:
+    """Have one request for a model, pinned to the first node, meet a fault there."""
+    r.nodes[0].fault = fault
+    async with r.chat(model=f"{name}@n1", stream=False) as answer:
+        assert answer.status >= 500
+    r.nodes[0].fault = None
+
+
+async def test_status_says_what_is_kept_away_from_why_and_until_when() -> None:
+    full = model("full:latest")
+    async with rig(spec(model(), full), spec(), breaker=LONG) as r:
+        await fails(r, MODEL, Fault(FaultKind.STATUS, status=500))
+        await fails(r, MODEL, Fault(FaultKind.DIE))
+        r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
+        waiting = asyncio.create_task(answered_by(r, model="full@n1"))
+        await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 3)
+        shown = await entries(r)
+        waiting.cancel()
+        assert shown["n2"]["ejected"] == []
+        assert shown["n1"]["state"] == "up"
+        node, busy, failed = shown["n1"]["ejected"]
+        assert 3500 < node.pop("next_trial_s") <= 3600
+        assert 3500 < failed.pop("next_trial_s") <= 3600
+        assert busy.pop("next_trial_s") > 0
+        no_trial = {"busy": False, "trial": False}
+        assert "closed" in node["reason"] or "reset" in node["reason"]
+        assert "500" in failed["reason"]
+        assert node.items() >= {"model": None, **no_trial}.items()
+        assert failed.items() >= {"model": MODEL, **no_trial}.items()
+        assert busy == {"model": "full:latest", "reason": "busy", "busy": True, "trial": False}
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "scope"),
+    [
+        (Fault(FaultKind.STATUS, status=500), {"node": "n1", "model": MODEL}, "model"),
+        (Fault(FaultKind.DIE), {"node": "n1"}, "node"),
+    ],
+    ids=["model", "node"],
+)
+async def test_every_flip_of_a_breaker_is_one_line_and_one_count(
+    fault: Fault, what: dict[str, str], scope: str
+) -> None:
+    async with rig(breaker={**LONG, "back_off_s": 0.001}) as r:
+        await fails(r, MODEL, fault)
+        [ejected] = (await entries(r))["n1"]["ejected"]
+        await r.until(lambda: r.app.pool.snapshot()[0].ejected[0].until <= monotonic())
+        assert (await entries(r))["n1"]["ejected"][0]["next_trial_s"] == 0
+        r.nodes[0].fault = Fault(FaultKind.HANG)
+        chat = asyncio.create_task(answered_by(r))
+        await r.nodes[0].until(lambda: r.nodes[0].in_flight == 1)
+        [trial] = (await entries(r))["n1"]["ejected"]
+        assert (ejected["trial"], trial["trial"]) == (False, True)
+        assert ejected["reason"] == trial["reason"] != ""
+        r.nodes[0].release()
+        assert await chat == "n1"
+        assert (await entries(r))["n1"]["ejected"] == []
+        told = [line for line in r.lines if line["event"].startswith(f"{scope} ")]
+        told = [line for line in told if line["event"] != "node up"]
+        assert [(line["level"], line["event"]) for line in told] == [
+            ("warning", f"{scope} ejected"), ("info", f"{scope} on trial"),
+            ("info", f"{scope} readmitted"),
+        ]  # fmt: skip
+        assert all(line.items() >= what.items() for line in told)
+        assert ("model" in told[0]) == (scope == "model")
+        assert told[0].items() >= {"reason": ejected["reason"], "retry_s": 0.0}.items()
+        text = await r.metrics()
+        for to in ("open", "trial", "closed"):
+            assert f'flips_total{{node="n1",scope="{scope}",to="{to}"}} 1.0' in text

@@ -2,20 +2,29 @@
 
 import asyncio
 import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from router import __version__, cli
+from router.sim import Fault, FaultKind
 from tests.process import ROOT, ran, settings, write
-from tests.rig import model, rig, scripted, spec
+from tests.rig import MODEL, Peer, model, rig, scripted, spec
 
 BROKEN = b"nodes:\n  - url: ftp://n1\n    slots: none\ncolour: blue\n"
 
 
+async def command(*argv: str) -> int:
+    """A command beside a router in this loop."""
+    return await asyncio.to_thread(cli.main, argv)
+
+
 async def nodes(url: str) -> int:
-    """`ollamux nodes` beside a router in this loop."""
-    return await asyncio.to_thread(cli.main, ["nodes", "--admin", url])
+    return await command("nodes", "--admin", url)
 
 
 async def test_is_a_module_that_ends_with_the_exit_code_of_its_command(tmp_path: Path) -> None:
@@ -96,6 +105,12 @@ def test_schema_is_the_shipped_one(capsys: pytest.CaptureFixture[str]) -> None:
         ["serve", "--config"],
         ["demo", "--twice"],
         ["nodes", "--url", "x"],
+        ["drain"],
+        ["undrain", "n1", "n2"],
+        ["undrain", "n1", "--wait"],
+        ["drain", "n1", "--timeout", "soon"],
+        ["drain", "n1", "--timeout", "-1"],
+        ["drain", "n1", "--timeout", "nan"],
         ["version", "--now"],
     ],
 )
@@ -109,13 +124,18 @@ def test_bad_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["serve", "--help"], ["nodes", "-h"], ["demo", "-h"], ["check", "-h"]]
+    "argv", [["--help"], ["serve", "--help"], ["nodes", "-h"], ["demo", "-h"], ["drain", "-h"]]
 )
 def test_help_is_exit_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("usage: ollamux ")
+
+
+def cells(line: str) -> list[str]:
+    """What stands in a row of the table."""
+    return [cell.strip() for cell in line.split("  ") if cell]
 
 
 async def test_nodes_prints_a_table_of_a_live_router(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,17 +146,15 @@ async def test_nodes_prints_a_table_of_a_live_router(capsys: pytest.CaptureFixtu
         out, err = capsys.readouterr()
         assert err == ""
         lines = out.splitlines()
-        assert lines[:3] == lines[3:6] == lines[6:]
-        head, up, down = (line.split("  ") for line in lines[:3])
-        columns = ["NODE", "STATE", "IN FLIGHT", "SLOTS", "VERSION", "PRESENT", "RESIDENT", "URL"]
-        assert [cell.strip() for cell in head if cell] == columns
-        assert [cell.strip() for cell in up if cell] == [
-            "n1", "up", "0", "4", "0.33.0", "2", "llama3:8b, other:latest", r.nodes[0].url,
-        ]  # fmt: skip
-        cells = [cell.strip() for cell in down if cell]
-        assert cells[0] == "n2"
-        assert cells[1].startswith("down (")
-        assert cells[2:] == ["0", "1", "-", "0", "-", "http://127.0.0.1:1"]
+        assert lines[:5] == lines[5:10] == lines[10:]
+        columns = ["NODE", "STATE", "IN FLIGHT", "SLOTS", "VERSION", "PRESENT", "URL", "RESIDENT"]
+        assert [cells(line) for line in lines[:3]] == [
+            columns,
+            ["n1", "up", "0", "4", "0.33.0", "2", r.nodes[0].url, "llama3:8b, other:latest"],
+            ["n2", "down", "0", "1", "-", "0", "http://127.0.0.1:1", "-"],
+        ]
+        assert lines[3] == ""
+        assert lines[4].startswith("n2: down: ")
         assert lines[0].index("URL") == lines[1].index("http") == lines[2].index("http")
 
 
@@ -185,4 +203,226 @@ def test_nodes_where_nothing_listens_is_one_line_and_exit_1(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ollamux: no status from ")
+    assert len(err.splitlines()) == 1
+
+
+async def test_nodes_says_who_is_drained_ejected_and_busy_in_a_hundred_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    many = [model(f"some-model-{number}:70b") for number in range(6)]
+    loaded = spec(model(), *many, warm=tuple(one.name for one in many))
+    breaker = {"resets": 1, "answers": 1, "back_off_s": 3600, "back_off_max_s": 3600}
+    async with rig(loaded, spec(), breaker={**breaker, "jitter": 0.0}) as r:
+        for fault in (Fault(FaultKind.STATUS, status=500), Fault(FaultKind.DIE)):
+            r.nodes[0].fault = fault
+            async with r.chat(model=f"{MODEL}@n1") as answer:
+                await answer.read()
+        r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
+        waiting = asyncio.create_task(r.chat(model="some-model-1:70b@n1").__aenter__())
+        await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 3)
+        await command("drain", "n1", "--admin", r.admin)
+        await command("drain", "n2", "--admin", r.admin)
+        capsys.readouterr()
+        assert await nodes(r.admin) == 0
+        waiting.cancel()
+    head, first, second, empty, *notes = capsys.readouterr().out.splitlines()
+    assert cells(first)[1] == "drained, ejected"
+    assert re.fullmatch(r"some-model-[0-9a-z:.]* \+5", cells(first)[-1])
+    assert cells(second)[1] == "drained"
+    assert empty == ""
+    assert max(map(len, (head, first, second, *notes))) <= 100
+    node, failed, busy = (note for note in notes if not note.startswith(" "))
+    assert node.startswith("n1: ejected: ")
+    assert failed.startswith(f"n1: {MODEL} ejected: ")
+    assert busy.startswith("n1: some-model-1:70b busy, asked again in ")
+    for note in (node, failed):
+        assert re.search(r"; on trial in 3[56]\d\d(\.\d)? s$", note)
+
+
+NODE: dict[str, Any] = {
+    "name": "n1", "state": "up", "draining": True, "ejected": [], "in_flight": 1, "slots": 1,
+    "version": "", "present": [], "resident": [], "url": "http://n1:11434", "detail": "answers",
+}  # fmt: skip
+
+
+@asynccontextmanager
+async def answering(
+    get: Mapping[str, Any], post: bytes = b"", status: bytes = b"200 OK", head: bytes = b""
+) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Something that answers as told; gives its url and the heads of the POSTs that it got."""
+    heads: list[bytes] = []
+
+    async def answer(peer: Peer) -> None:
+        heads.append(peer.head)
+        lines = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n%b\r\n" % (status, len(post), head)
+        await peer.say(lines, post)
+
+    async with scripted(answer, {b"/status": get}) as url:
+        yield url, heads
+
+
+async def test_nodes_shows_trials_and_nothing_that_a_terminal_would_obey(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ejected = {"reason": "it said \x1b[2J", "busy": False, "trial": True, "next_trial_s": 0.0}
+    due = {**ejected, "model": "m", "trial": False}
+    node = {**NODE, "draining": False, "ejected": [{**ejected, "model": None}, due]}
+    async with answering({"nodes": [node]}) as (url, _):
+        assert await nodes(url) == 0
+    _, row, _, *notes = capsys.readouterr().out.splitlines()
+    assert cells(row)[1] == "on trial"
+    assert notes == [
+        "n1: on trial, was ejected: it said ?[2J",
+        "n1: m ejected: it said ?[2J; on trial with the next request",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "draining", "shown"),
+    [
+        ("up", False, "up"),
+        ("up", True, "drained"),
+        ("down", True, "down, drained"),
+        ("leaving", False, "leaving"),
+    ],
+)
+async def test_nodes_shows_a_state_in_as_many_words_as_it_takes(
+    state: str, shown: str, capsys: pytest.CaptureFixture[str], *, draining: bool
+) -> None:
+    async with answering({"nodes": [{**NODE, "state": state, "draining": draining}]}) as (url, _):
+        assert await nodes(url) == 0
+    assert cells(capsys.readouterr().out.splitlines()[1])[1] == shown
+
+
+@pytest.mark.parametrize(
+    ("resident", "shown"),
+    [
+        ([], "-"),
+        (["a", "b"], "a, b"),
+        (["a", "b" * 60], r"a \+1"),
+        (["a" * 60], r"a{10,40}\.\."),
+        (["a" * 60, "b"], r"a{10,40}\.\. \+1"),
+    ],
+)
+async def test_nodes_shows_as_many_resident_models_as_fit(
+    resident: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with answering({"nodes": [{**NODE, "resident": resident}]}) as (url, _):
+        assert await nodes(url) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert re.fullmatch(shown, cells(row)[-1])
+    assert len(row) <= 100
+
+
+async def test_drain_and_undrain_say_how_the_node_stands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with rig(spec(), spec()) as r:
+        for verb, said in (("drain", "n1: drained, 0 in flight"), ("undrain", "n1: undrained, up")):
+            for name in ("n1", "N1", r.nodes[0].url):
+                assert await command(verb, name, "--admin", f"{r.admin}/") == 0
+                assert capsys.readouterr() == (f"{said}\n", "")
+            assert r.app.pool.snapshot()[0].draining == (verb == "drain")
+
+
+@pytest.mark.parametrize("verb", ["drain", "undrain"])
+async def test_a_node_that_there_is_not_is_one_line_and_exit_1(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with rig() as r:
+        assert await command(verb, "n 2/?&", "--admin", r.admin) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        known = f"no node is named 'n 2/?&'; the nodes are: n1 ({r.nodes[0].url})"
+        assert err == f"ollamux: {verb} n 2/?&: {known}\n"
+
+
+async def test_drain_waits_until_nothing_is_in_flight(capsys: pytest.CaptureFixture[str]) -> None:
+    async with rig() as r:
+        r.nodes[0].fault = Fault(FaultKind.STALL, after=1)
+        async with r.chat() as running:
+            await running.content.readline()
+            args = ("drain", "n1", "--wait", "--admin", r.admin)
+            waiting = asyncio.create_task(command(*args))
+            await r.until(lambda: r.app.pool.snapshot()[0].draining)
+            assert not waiting.done()
+            r.nodes[0].release()
+            await running.read()
+        assert await waiting == 0
+        out = "n1: drained, 1 in flight\nn1: nothing in flight\n"
+        assert capsys.readouterr() == (out, "")
+        assert await command(*args) == 0
+        assert capsys.readouterr().out == "n1: drained, 0 in flight\nn1: nothing in flight\n"
+
+
+async def test_drain_waits_no_longer_than_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    async with rig() as r:
+        r.nodes[0].fault = Fault(FaultKind.STALL, after=1)
+        async with r.chat() as running:
+            await running.content.readline()
+            wait = ("--wait", "--timeout", "0")
+            assert await command("drain", "n1", *wait, "--admin", r.admin) == 1
+            assert capsys.readouterr().err == "ollamux: n1: 1 in flight after 0 s\n"
+            assert r.app.pool.snapshot()[0].draining
+
+
+@pytest.mark.parametrize(
+    ("later", "code", "said"),
+    [
+        ({"nodes": [{**NODE, "draining": False}]}, 1, "n1 has been undrained meanwhile"),
+        ({"nodes": []}, 0, "n1: nothing in flight"),
+        ({"nodes": [{**NODE, "in_flight": 0, "name": "renamed"}]}, 0, "n1: nothing in flight"),
+        ({}, 1, "drain n1: 'nodes'"),
+    ],
+)
+async def test_drain_notices_what_becomes_of_the_node(
+    later: Any, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with answering(later, json.dumps(NODE).encode()) as (url, _):
+        assert await command("drain", "n1", "--wait", "--admin", url) == code
+    assert said in "".join(capsys.readouterr())
+
+
+async def test_the_token_comes_from_the_environment_and_is_never_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin = {"listen": "127.0.0.1:0", "token": "hush-hush"}
+    async with rig(admin=admin) as r:
+        for token, code in (
+            (None, 1), ("", 1), ("hush-wrong", 1), ("hush\nhush", 1), ("hush \u00fc", 1),
+            ("hush-hush", 0),
+        ):  # fmt: skip
+            if token is None:
+                monkeypatch.delenv("OLLAMUX_ADMIN_TOKEN", raising=False)
+            else:
+                monkeypatch.setenv("OLLAMUX_ADMIN_TOKEN", token)
+            assert await command("drain", "n1", "--admin", r.admin) == code
+            out, err = capsys.readouterr()
+            assert "hush" not in out + err
+            assert len((out + err).splitlines()) == 1
+            assert ("OLLAMUX_ADMIN_TOKEN" in err) == (code == 1)
+
+
+async def test_the_token_goes_nowhere_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMUX_ADMIN_TOKEN", "hush-hush")
+    async with answering({}, b"{}") as (other, seen):
+        away = b"Location: %b/drain\r\n" % other.encode()
+        async with answering({}, status=b"302 Found", head=away) as (url, heads):
+            assert await command("drain", "n1", "--admin", url) == 1
+        assert not seen
+    assert b"Authorization: Bearer hush-hush\r\n" in heads[0]
+    assert capsys.readouterr().err == "ollamux: drain n1: Found\n"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://127.0.0.1:1", "http://a b", "::"])
+@pytest.mark.parametrize("verb", ["drain", "undrain"])
+def test_drain_where_nothing_listens_is_one_line_and_exit_1(
+    verb: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb, "n1", "--admin", url]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"ollamux: {verb} n1: ")
     assert len(err.splitlines()) == 1

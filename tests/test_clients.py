@@ -25,8 +25,10 @@ def specs() -> Any:
 
 
 @asynccontextmanager
-async def pool() -> AsyncIterator[tuple[Rig, ollama.AsyncClient, openai.AsyncOpenAI]]:
-    async with rig(*specs()) as r:
+async def pool(
+    **sections: Any,
+) -> AsyncIterator[tuple[Rig, ollama.AsyncClient, openai.AsyncOpenAI]]:
+    async with rig(*specs(), **sections) as r:
         native = ollama.AsyncClient(host=r.url)
         async with openai.AsyncOpenAI(
             base_url=f"{r.url}/v1", api_key="unused", max_retries=0
@@ -121,8 +123,8 @@ async def test_ollama_raises_what_the_router_refuses(name: str, status: int, tex
         assert raised.value.error.startswith(text)
 
 
-async def test_ollama_raises_when_a_node_dies_in_mid_stream() -> None:
-    async with pool() as (r, client, _):
+async def test_ollama_raises_when_a_node_dies_in_mid_stream_and_none_may_go_on() -> None:
+    async with pool(continuation={"enabled": False}) as (r, client, _):
         for node in r.nodes:
             node.fault = Fault(FaultKind.DIE, after=3, partial=True)
         parts: list[object] = []
@@ -253,8 +255,8 @@ async def test_openai_raises_what_the_router_refuses() -> None:
         assert raised.value.status_code == 503
 
 
-async def test_openai_raises_when_a_node_dies_in_mid_stream() -> None:
-    async with pool() as (r, _, client):
+async def test_openai_raises_when_a_node_dies_in_mid_stream_and_none_may_go_on() -> None:
+    async with pool(continuation={"enabled": False}) as (r, _, client):
         for node in r.nodes:
             node.fault = Fault(FaultKind.DIE, after=3, partial=True)
         stream = await client.chat.completions.create(model=MODEL, messages=ASKED, stream=True)

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from router.sim import Fault, FaultKind, SimNode
-from tests.process import Router, Supervisor, entry, ran, serving, settings, write
+from tests.process import Router, Supervisor, entry, ran, serving, settings, started, write
 from tests.rig import Answer, Talk, spec, talk
 
 STALL = Fault(FaultKind.STALL, path="/api/chat", after=2)
@@ -321,6 +321,26 @@ async def test_a_client_that_is_slow_to_read_gets_the_whole_answer_while_drainin
             assert await router.process.ended() == 0
 
 
+async def test_a_task_that_fails_ends_the_process_loudly(path: Path, tmp_path: Path) -> None:
+    # The watcher meets an error that it knows nothing of.
+    broken = b"import sys\nimport watchfiles\nasync def awatch(*_, **__):\n"
+    broken += b"    secret = 'hush'\n    raise LookupError('out of nowhere')\n    yield\n"
+    write(tmp_path / "sitecustomize.py", broken + b"watchfiles.awatch = awatch\n")
+    async with SimNode(spec()) as node:
+        node.fault = STALL
+        write(path, settings(node, timeouts=HOURS))
+        env = {"PYTHONPATH": str(tmp_path)}
+        async with asyncio.timeout(15), started("serve", "--config", str(path), env=env) as process:
+            assert await process.ended() == 1
+    [line] = [line for line in process.log if line["level"] == "error"]
+    assert line["event"] == "a task failed, ending"
+    assert line["exception"][0]["exc_type"] == "LookupError"
+    assert line["exception"][0]["exc_value"] == "out of nowhere"
+    assert process.log[-1] == line
+    assert "hush" not in process.text
+    assert not process.out.lines
+
+
 # What the supervisor is told
 
 
@@ -364,6 +384,25 @@ async def test_the_watchdog_is_fed_until_the_end_of_a_drain(path: Path, tmp_path
                 await systemd.heard("STOPPING")
                 for _ in range(3):
                     await systemd.heard("WATCHDOG")
+
+
+async def test_a_loop_that_hangs_does_not_feed_the_watchdog(path: Path, tmp_path: Path) -> None:
+    # The loop's thread sleeps in a handler of its own; every other thread goes on.
+    hang = b"import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))\n"
+    write(tmp_path / "sitecustomize.py", hang)
+    async with SimNode(spec()) as node:
+        write(path, settings(node))
+        with Supervisor(str(tmp_path / "notify")) as systemd:
+            env = {**systemd.env, "WATCHDOG_USEC": "200000", "PYTHONPATH": str(tmp_path)}
+            async with serving(path, env=env, codes=(-signal.SIGABRT,)) as router:
+                await systemd.heard("WATCHDOG")
+                router.process.signal(signal.SIGUSR1)
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        async with asyncio.timeout(1):  # five times the limit
+                            await systemd.heard("WATCHDOG")
+                router.process.signal(signal.SIGABRT)  # as systemd does then
+                await router.process.ended()
 
 
 async def test_a_reload_while_draining_does_not_tell_the_supervisor_that_all_is_well(

@@ -178,6 +178,17 @@ def test_the_unit_may_talk_to_what_it_needs() -> None:
     assert {"AF_INET", "AF_INET6", "AF_UNIX"} <= set(families)
 
 
+# ollamux.socket
+
+
+def test_the_sockets_are_those_that_the_process_would_open_itself() -> None:
+    listen = re.findall(r"^ListenStream=(.*)$", text("ollamux.socket"), re.MULTILINE)
+    settings = config.parse(b"nodes: [n1]", "f", {})
+    assert listen == [*map(str, settings.listen), str(settings.admin.listen)]
+    # Named, both would be for the same.
+    assert "FileDescriptorName" not in text("ollamux.socket")
+
+
 # prometheus.yml and the documents
 
 

@@ -1,7 +1,10 @@
 """The async face of the pool: whatever happens to the task that asks, the books balance."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from math import inf
 
 import pytest
 
@@ -9,6 +12,7 @@ from router.core.names import parse
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
 from router.core.types import (
+    Ejection,
     Failure,
     FailureKind,
     Flip,
@@ -16,27 +20,35 @@ from router.core.types import (
     Model,
     NodeSpec,
     Observation,
+    Outcome,
     PoolSpec,
     Refusal,
+    Resilience,
     Sign,
     Topology,
 )
-from router.dispatch import Dispatch, Refused
+from router.dispatch import Clock, Dispatch, Refused
 from router.errors import UpstreamError
 
-KEY = "llama3:8b"
+KEY, OTHER = "llama3:8b", "phi:latest"
 NODE = NodeSpec("n1", "http://n1:11434", "http", "n1", 11434)
 
 
 class Books:
-    """A pool of one node, and the flips that its dispatch has told."""
+    """A pool of one node, and the flips and failures that its dispatch has told. Nobody waits
+    for the end of a back-off, unless it is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = lambda: 7.0, back_off_s: float = 1000.0) -> None:
         self.flips: list[Flip] = []
-        self.pool = Pool(Topology((PoolSpec("default", (NODE,)),)), 0.0)
-        seen = Observation(Sign.GOOD, "0.33.0", present={KEY: Model(KEY, "", {})})
-        self.pool.observe(NODE.url, seen, 0.0)
-        self.dispatch = Dispatch(self.pool, self.flips.append, lambda: 7.0)
+        self.failures: list[tuple[str, FailureKind]] = []
+        rules = Resilience(back_off_s=back_off_s, back_off_max_s=1000.0, resets=2)
+        self.pool = Pool(Topology((PoolSpec("default", (NODE,)),), resilience=rules), 0.0)
+        present = {key: Model(key, "", {}) for key in (KEY, OTHER)}
+        self.pool.observe(NODE.url, Observation(Sign.GOOD, "0.33.0", present=present), 0.0)
+        self.dispatch = Dispatch(self.pool, self.flips.append, clock, self._failed)
+
+    def _failed(self, node: NodeSpec, failure: Failure) -> None:
+        self.failures.append((node.name, failure.kind))
 
     def attempt(self, model: str = KEY) -> Attempt:
         return Attempt(Target(parse(model), None, model))
@@ -166,3 +178,192 @@ async def test_a_holder_that_is_cancelled_twice_gives_back_once(books: Books) ->
             await task
         assert books.pool.in_flight == 1
     assert books.pool.in_flight == 0
+
+
+async def test_every_flip_and_every_failure_is_told() -> None:
+    books = Books()
+    books.dispatch.clock = lambda: now
+    now = 7.0
+    for _ in range(2):
+        with pytest.raises(UpstreamError):
+            async with books.dispatch.lease(books.attempt()):
+                raise UpstreamError(Failure(FailureKind.RESET, detail="reset by peer"))
+    now = 2000.0
+    async with books.dispatch.lease(books.attempt()):
+        assert [flip.now for flip in books.flips] == [Ejection.OPEN, Ejection.TRIAL]
+    assert books.flips[-1] == Flip("n1", Ejection.TRIAL, Ejection.CLOSED, "reset by peer")
+    assert books.failures == [("n1", FailureKind.RESET)] * 2
+
+
+async def test_how_an_attempt_ended_may_be_said_inside(books: Books) -> None:
+    async with books.dispatch.lease(books.attempt()) as lease:
+        assert not lease.flips
+    for _ in range(9):
+        held = books.dispatch.lease(books.attempt())
+        with contextlib.suppress(UpstreamError):
+            async with held:
+                held.outcome = Outcome(told=False)
+                raise UpstreamError(Failure(FailureKind.RESET))
+    assert not books.flips
+    assert not books.failures
+
+
+# Waiting for room.
+
+
+BUSY = UpstreamError(Failure(FailureKind.BUSY, sent=True, received=True, status=503))
+
+
+async def fill(books: Books, key: str = KEY) -> None:
+    """The node says that it takes no more."""
+    with contextlib.suppress(UpstreamError):
+        async with books.dispatch.lease(books.attempt(key)):
+            raise BUSY
+
+
+class Crowd:
+    """Requests that wait for room, each in a task of its own."""
+
+    def __init__(self, books: Books, group: asyncio.TaskGroup) -> None:
+        self.books = books
+        self.group = group
+        self.went = asyncio.Queue[object]()  # the place of each that got in, or why it did not
+        self.stay = asyncio.Event()
+
+    async def _ask(self, place: int, key: str, deadline: float) -> None:
+        try:
+            async with self.books.dispatch.lease(self.books.attempt(key), deadline):
+                self.went.put_nowait(place)
+                await self.stay.wait()
+        except Refused as refused:
+            self.went.put_nowait(refused.rejected.refusal)
+
+    async def come(self, size: int = 1, key: str = KEY, deadline: float = inf) -> None:
+        """So many come, one after the other, and wait."""
+        self.tasks = [
+            self.group.create_task(self._ask(place, key, deadline)) for place in range(size)
+        ]
+        await turns(3)
+        assert self.books.dispatch.waiting == size
+
+    @property
+    def quiet(self) -> bool:
+        return self.went.empty()
+
+
+@contextlib.asynccontextmanager
+async def crowd(books: Books) -> AsyncIterator[Crowd]:
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        found = Crowd(books, group)
+        yield found
+        found.stay.set()
+    assert books.pool.in_flight == books.dispatch.waiting == 0
+    assert not books.dispatch._waiters
+
+
+async def turns(count: int = 20) -> None:
+    """Let everything happen that can."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_full_node_is_refused_at_once_to_whoever_cannot_wait(books: Books) -> None:
+    await fill(books)
+    for deadline in (-inf, 0.0, 7.0):
+        with pytest.raises(Refused, match=r"^busy$"):
+            async with books.dispatch.lease(books.attempt(), deadline):
+                pytest.fail("the block must not be entered")
+    assert books.dispatch.waiting == 0
+
+
+async def test_the_end_of_a_request_for_the_model_makes_room_for_the_first_who_waits(
+    books: Books,
+) -> None:
+    async with crowd(books) as waiting:
+        async with books.dispatch.lease(books.attempt()):
+            await fill(books)
+            await waiting.come(3)
+        assert await waiting.went.get() == 0
+        await turns()
+        assert waiting.quiet
+        assert (books.pool.in_flight, books.dispatch.waiting) == (1, 2)
+        waiting.stay.set()
+        assert [await waiting.went.get() for _ in range(2)] == [1, 2]
+
+
+async def test_the_end_of_another_model_s_does_not(books: Books) -> None:
+    async with crowd(books) as waiting, books.dispatch.lease(books.attempt()):
+        await fill(books)
+        await waiting.come()
+        async with books.dispatch.lease(books.attempt(OTHER)):
+            pass
+        await turns()
+        assert (waiting.quiet, books.dispatch.waiting) == (True, 1)
+
+
+async def test_an_end_that_makes_no_room_leaves_it_waiting(books: Books) -> None:
+    async with crowd(books) as waiting, books.dispatch.lease(books.attempt()):
+        held = books.dispatch.lease(books.attempt())
+        async with held:
+            await fill(books)
+            await waiting.come()
+            held.outcome = Outcome(told=False)
+        await turns()
+        assert (waiting.quiet, books.dispatch.waiting) == (True, 1)
+
+
+async def test_so_does_the_end_of_the_back_off() -> None:
+    books = Books(time.monotonic, back_off_s=0.02)
+    async with crowd(books) as waiting:
+        await fill(books)
+        await waiting.come()
+        assert await waiting.went.get() == 0
+
+
+async def test_nobody_waits_past_the_deadline() -> None:
+    books = Books(time.monotonic)
+    async with crowd(books) as waiting:
+        await fill(books)
+        await waiting.come(deadline=time.monotonic() + 0.02)
+        assert await waiting.went.get() is Refusal.BUSY
+
+
+async def test_a_waiter_that_is_cancelled_leaves_nothing_behind(books: Books) -> None:
+    async with crowd(books) as waiting:
+        await fill(books)
+        await waiting.come(3)
+        for left, task in zip((2, 1, 0), waiting.tasks, strict=True):
+            task.cancel()
+            await asyncio.wait([task])
+            assert (books.dispatch.waiting, books.pool.in_flight) == (left, 0)
+
+
+async def test_a_waiter_that_is_cancelled_in_the_step_that_wakes_it_wakes_the_next(
+    books: Books,
+) -> None:
+    async with crowd(books) as waiting:
+        async with books.dispatch.lease(books.attempt()):
+            await fill(books)
+            await waiting.come(3)
+        waiting.tasks[0].cancel()
+        assert await waiting.went.get() == 1
+
+
+async def test_who_is_told_why_there_is_no_node_any_more_tells_the_others(books: Books) -> None:
+    async with crowd(books) as waiting:
+        async with books.dispatch.lease(books.attempt()):
+            await fill(books)
+            await waiting.come(5)
+            books.pool.drain("n1", draining=True)
+        assert [await waiting.went.get() for _ in range(5)] == [Refusal.DRAINED] * 5
+
+
+async def test_the_number_that_waits_is_bounded(books: Books) -> None:
+    async with crowd(books) as waiting:
+        await fill(books)
+        await waiting.come(2048)
+        with pytest.raises(Refused, match=r"^busy$"):
+            async with books.dispatch.lease(books.attempt(), inf):
+                pytest.fail("the block must not be entered")
+        for task in waiting.tasks:
+            task.cancel()

@@ -61,8 +61,9 @@ class Running:
                 await stack.enter_async_context(SimNode(spec(model(digest=mark * 64))))
                 for mark in "ab"
             ]
-            urls = [node.url for node in nodes] + ["http://127.0.0.1:1"]
-            value = {"listen": "127.0.0.1:0", "admin": admin, "nodes": urls}
+            named = {"name": "gpu-1", "url": nodes[0].url}  # the document's example
+            entries = [named, nodes[1].url, "http://127.0.0.1:1"]
+            value = {"listen": "127.0.0.1:0", "admin": admin, "nodes": entries}
             app = await stack.enter_async_context(App(parsed(value), self._reload))
             for one in app.pool.specs():
                 await app.prober.look(one, ("version", "tags", "ps"))

@@ -605,3 +605,11 @@ async def test_when_all_nodes_have_answered_the_client_need_not_send_the_rest() 
         head = f"POST {BLOB} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n\r\n"
         await client.send(head.encode() + b"x" * 1000)
         assert (await client.answer()).status == 507
+
+
+async def test_a_change_that_no_node_could_be_asked_for_may_be_tried_again() -> None:
+    async with rig() as r:
+        await r.nodes[0].refuse()  # and no probe knows
+        body = {"model": "new", "stream": False}
+        async with r.session.post(f"{r.url}/api/pull", json=body) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")

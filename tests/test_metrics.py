@@ -60,7 +60,13 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_completion_tokens": ("counter", WHERE | {"source"}),
     "ollamux_retries": ("counter", {"endpoint"}),
     "ollamux_decisions": ("counter", {"reason"}),
+    "ollamux_continuations": ("counter", {"result"}),
+    "ollamux_refused": ("counter", {"cause"}),
     "ollamux_node_up": ("gauge", {"node"}),
+    "ollamux_node_draining": ("gauge", {"node"}),
+    "ollamux_node_ejected": ("gauge", {"node"}),
+    "ollamux_node_model_ejected": ("gauge", {"node", "model"}),
+    "ollamux_breaker_flips": ("counter", {"node", "scope", "to"}),
     "ollamux_node_in_flight": ("gauge", {"node"}),
     "ollamux_node_slots": ("gauge", {"node"}),
     "ollamux_node_models_present": ("gauge", {"node"}),
@@ -78,7 +84,8 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
 
 async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
     odd = (model("odd", digest=letter * 64) for letter in "ab")
-    async with rig(spec(model(load_s=0.15), next(odd)), spec(next(odd))) as r:
+    first = spec(model(load_s=0.15), next(odd))
+    async with rig(first, spec(next(odd)), breaker={"answers": 1}) as r:
         r.app.metrics.reloads.labels("ok").inc()
         await r.nodes[0].refuse()
         await chat(r)
@@ -87,6 +94,8 @@ async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
         await r.look()
         await chat(r)
         r.app.metrics.requests.count(report(attempts=2), ended=20.0)
+        r.nodes[0].fault = Fault(FaultKind.STATUS, model="odd", times=1)
+        await chat(r, model="odd@n1")
         await r.look()
         families = {
             family.name: (
@@ -97,6 +106,20 @@ async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
             if not family.name.endswith("_created")
         }
         assert families == FAMILIES
+
+
+async def test_what_is_refused_is_counted_by_its_cause() -> None:
+    async with rig(limits={"max_in_flight": 1}) as r:
+        r.nodes[0].fault = Fault(FaultKind.HANG, times=1)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(chat(r))
+            await r.nodes[0].until(lambda: r.nodes[0].in_flight == 1)
+            async with r.chat() as answer:
+                assert answer.status == 503
+            r.nodes[0].release()
+        samples = await scrape(r)
+        for cause, count in (("connections", 0), ("in_flight", 1), ("buffered", 0)):
+            assert value(samples, "ollamux_refused_total", cause=cause) == count
 
 
 async def test_a_pool_that_agrees_on_nothing_has_a_bounded_number_of_series() -> None:
@@ -164,6 +187,53 @@ async def test_nodes_are_shown_as_they_are() -> None:
         assert total(samples, "ollamux_node_probe_duration_seconds_count", node="n1") == 7
         await r.until(lambda: r.app.pool.in_flight == 0)
         assert value(await scrape(r), "ollamux_node_in_flight", node="n1") == 0
+
+
+LONG = {"resets": 1, "answers": 1, "back_off_s": 3600, "back_off_max_s": 3600}
+
+
+async def test_who_is_drained_and_ejected_is_a_gauge() -> None:
+    async with rig(spec(), spec(), breaker=LONG) as r:
+
+        async def shown() -> tuple[Any, ...]:
+            samples = await scrape(r)
+            names = ("ollamux_node_draining", "ollamux_node_ejected", "ollamux_node_model_ejected")
+            return tuple(
+                {dict(labels)["node"] for (n, labels), one in samples.items() if n == name and one}
+                for name in names
+            )
+
+        assert await shown() == (set(), set(), set())
+        r.app.pool.drain("n2", draining=True)
+        assert await shown() == ({"n2"}, set(), set())
+        r.nodes[0].fault = Fault(FaultKind.STATUS, status=500)
+        await chat(r, model=f"{MODEL}@n1")
+        assert await shown() == ({"n2"}, set(), {"n1"})
+        r.nodes[0].fault = Fault(FaultKind.DIE)
+        await chat(r, model=f"{MODEL}@n1")
+        assert await shown() == ({"n2"}, {"n1"}, {"n1"})
+        samples = await scrape(r)
+        assert value(samples, "ollamux_node_model_ejected", node="n1", model=MODEL) == 1
+        for scope in ("node", "model"):
+            flips = {"node": "n1", "scope": scope, "to": "open"}
+            assert value(samples, "ollamux_breaker_flips_total", **flips) == 1
+        r.nodes[0].fault = None
+        r.app.pool.drain("n2", draining=False)
+        await chat(r, model=f"{MODEL}@n1")
+        assert await shown() == (set(), set(), set())
+        flips = {"node": "n1", "scope": "node", "to": "closed"}
+        assert value(await scrape(r), "ollamux_breaker_flips_total", **flips) == 1
+
+
+async def test_ejected_models_that_no_node_has_are_one_series() -> None:
+    async with rig(breaker=LONG) as r:
+        r.nodes[0].fault = Fault(FaultKind.STATUS, status=500)
+        for number in range(5):
+            assert await chat(r, model=f"made-up-{number}:cloud") == 500
+        samples = await scrape(r)
+        assert len(r.app.pool.snapshot()[0].ejected) == 5
+        assert value(samples, "ollamux_node_model_ejected", node="n1", model="unknown") == 1
+        assert total(samples, "ollamux_node_model_ejected") == 1
 
 
 async def test_a_node_that_is_removed_leaves_no_gauge_behind() -> None:
@@ -286,7 +356,7 @@ CHUNKS = Usage(completion_tokens=5, source=Source.CHUNKS)
 
 
 def counted(*reports: Report, ended: float) -> Samples:
-    metrics = Metrics(list)
+    metrics = Metrics(list, {})
     for report in reports:
         metrics.requests.count(report, ended)
     return read(metrics.render().decode())

@@ -5,17 +5,28 @@ import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import ollama
 import openai
 import pytest
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.core.types import Failure, FailureKind
+from router import downstream
+from router.core import continuation, dialect, usage
+from router.core.stitch import Stitch
+from router.core.types import Failure, FailureKind, NodeSpec
+from router.downstream import Reply, Request, Server
 from router.errors import UpstreamError
+from router.keep import Keep, Kept
+from router.log import Ending, Report
+from router.relay import Limits, Relay
+from router.upstream import Upstream, request_head
 from tests.rig import MODEL, Answer, Peer, Rig, Talk, rig, scripted, talk
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -116,7 +127,7 @@ async def test_bytes_are_the_nodes_however_they_are_cut(kind: str, data: bytes, 
         assert answer.header("Content-Type") == kind
 
 
-@pytest.mark.parametrize("status", [200, 201, 400, 404, 418, 500, 503])
+@pytest.mark.parametrize("status", [200, 201, 400, 404, 418, 500])
 async def test_status_and_reason_are_the_nodes(status: int) -> None:
     node = b"HTTP/1.1 %d Strange Reason\r\nContent-Length: 4\r\n\r\nbody" % status
     async with front(says(node)) as (r, client):
@@ -716,16 +727,14 @@ async def test_counts_that_the_router_did_not_ask_for_are_passed_on(
         assert r.requests[0]["completion_tokens"] == 3
 
 
-async def test_a_death_after_the_counts_breaks_a_stream_that_is_counted_by_the_node() -> None:
+async def test_a_stream_whose_node_dies_behind_the_text_and_its_counts_is_ended_for_it() -> None:
     async with front(says(head(SSE), *map(chunk, (*SHOWN, TOLD)), die=True)) as (r, client):
         await client.post("/v1/chat/completions", STREAM)
-        answer = await client.answer()
-        shown = b"".join(SHOWN)
-        assert answer.body.startswith(shown)
-        assert error_of("/v1/chat/completions", answer.body.removeprefix(shown))
+        assert (await client.answer()).body == b"".join((*SHOWN, DONE))
         await r.until(lambda: r.requests != [])
         (line,) = r.requests
-        assert (line["completion_tokens"], line["outcome"]) == (3, "broken")
+        assert (line["completion_tokens"], line["outcome"]) == (3, "ok")
+        assert line["continuations"] == ["ended"]
         assert "tokens_from" not in line
 
 
@@ -739,3 +748,220 @@ async def test_nothing_but_counts_is_an_empty_stream() -> None:
 def test_an_error_of_a_node_says_what_may_be_told() -> None:
     assert str(UpstreamError(Failure(FailureKind.RESET))) == "reset"
     assert str(UpstreamError(Failure(FailureKind.RESET, detail="x"), "told")) == "told"
+
+
+# An answer that another node goes on with
+
+
+@dataclass
+class Relayed:
+    """One answer of several nodes: what it came to, and what was seen of it at each death."""
+
+    report: Report = field(default_factory=lambda: Report("id", "client", "POST", 0.0))
+    kept: Kept = field(default_factory=Keep(1 << 30).keep)
+    failures: list[Failure] = field(default_factory=list)
+    progress: list[int] = field(default_factory=list)
+    seen: list[bytes] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def nodes(*acts: Act, record_bytes: int = 10_000) -> AsyncIterator[tuple[Talk, Relayed]]:
+    """A client of a relay that asks these nodes one after the other, until one has ended."""
+    made = Relayed()
+    limits = Limits(10_000, record_bytes, 10_000, 5, 5, 5)
+
+    async def handle(request: Request) -> Reply:
+        body = await downstream.body(request, 10_000)
+        route = dialect.find(request.path)
+        assert route is not None
+        call = dialect.parse(route, body, exact_usage=True)
+        sent = dialect.rename(body, call, call.model)
+        asks = call.usage is not None
+        relay = Relay(
+            request, route, limits, made.report, lambda: 1.0, withholds=asks, kept=made.kept
+        )
+        plan = continuation.Plan(Stitch(route.family, 0, {}, role=False), sent)
+        for spec in specs:
+            head = request_head(spec, "POST", request.path, (), sum(map(len, plan.body)))
+            exchange = await upstream.open(spec, head, plan.body)
+            try:
+                if relay.begun:
+                    return await relay.resume(exchange, plan.stitch)
+                return await relay.run(exchange, b"")
+            except UpstreamError as error:
+                made.failures.append(error.failure)
+            finally:
+                exchange.close()
+            made.progress.append(relay.progress)
+            made.seen.append(made.kept.data)
+            if relay.complete or made.kept.lost:
+                break
+            plan = continuation.plan(route, sent, made.kept.data, withholds=asks)
+            if plan.ending:
+                return relay.end_with(plan.ending)
+        return await relay.break_off(made.failures[-1], "gone")
+
+    upstream = Upstream(connect_s=5)
+    async with AsyncExitStack() as stack:
+        urls = [urlsplit(await stack.enter_async_context(scripted(act))) for act in acts]
+        specs = [NodeSpec("n", url.geturl(), "http", "127.0.0.1", url.port or 0) for url in urls]
+        stack.push_async_callback(upstream.close)
+        server = Server(handle, max_header_bytes=8192, head_timeout_s=30)
+        runner = web.ServerRunner(server)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        client = await stack.enter_async_context(talk(f"http://127.0.0.1:{port}"))
+        yield client, made
+
+
+ASKS = b'{"messages":[{"role":"user","content":"x"}],"stream":true}'
+
+
+def piece(stream: str, delta: Mapping[str, str], finish: str | None = None) -> bytes:
+    """A chunk of OpenAI's, of the stream with this id."""
+    choice = {"delta": delta, "finish_reason": finish}
+    made = json.dumps({"id": stream, "choices": [choice]}, separators=(",", ":"))
+    return f"data: {made}\n\n".encode()
+
+
+FIRST = [piece("1", {"role": "assistant", "content": "0"}), piece("1", {"content": "1"})]
+NEXT = [piece("2", {"role": "assistant", "content": "2"}), piece("2", {}, "stop")]
+SHOWN_NEXT = [piece("1", {"content": "2"}), piece("1", {}, "stop")]
+COUNTS = b'data: {"id":"2","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\n'
+LAST_OF_ONE = b'{"message":{"content":""},"done":true,"prompt_eval_count":9,"eval_count":1}\n'
+# The path, what two nodes say, what the client sees of the second, and what was told of tokens.
+WENT_ON: Sequence[tuple[str, list[bytes], list[bytes], list[bytes]]] = [
+    ("/api/chat", LINES[:2], [LINES[2], LAST_OF_ONE], [LINES[2], LAST]),
+    ("/v1/chat/completions", FIRST, [*NEXT, COUNTS, DONE], [*SHOWN_NEXT, DONE]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("half", [b"", b"{", b'data: {"half'])
+@pytest.mark.parametrize(("path", "first", "then", "shown"), WENT_ON)
+async def test_another_nodes_records_follow_on_as_if_nothing_had_happened(
+    path: str, first: list[bytes], then: list[bytes], shown: list[bytes], half: bytes, size: int
+) -> None:
+    bodies = []
+
+    async def act(peer: Peer) -> None:
+        bodies.append(peer.body)
+        data = b"".join(then)
+        pieces = [chunk(data[at : at + size]) for at in range(0, len(data), size)]
+        await says(head(SURFACES[path][0]), *pieces, END)(peer)
+
+    dying = says(head(SURFACES[path][0]), *map(chunk, first), b"99\r\n" + half, die=True)
+    async with nodes(dying, act) as (client, made):
+        await client.post(path, ASKS)
+        answer = await client.answer()
+        assert (answer.body, answer.whole) == (b"".join((*first, *shown)), True)
+        assert [failure.kind for failure in made.failures] == [FailureKind.RESET]
+        assert made.kept.data == answer.body
+        assert b'{"role":"assistant","content":"01"}' in bodies[0]
+        told = usage.counted(usage.read(made.report.final), made.report.chunks)
+        assert (told.prompt_tokens, told.completion_tokens, made.report.chunks) == (7, 3, 3)
+
+
+async def test_an_answer_may_break_again_and_again() -> None:
+    lines = [line.replace(b'"%d"' % n, b'"%d"' % n) for n, line in enumerate(LINES)]
+    dying = [says(head(NDJSON), chunk(line), b"99\r\n{", die=True) for line in lines]
+    async with nodes(*dying, says(head(NDJSON), chunk(LAST_OF_ONE), END)) as (client, made):
+        await client.post("/api/chat", ASKS)
+        answer = await client.answer()
+        final = LAST_OF_ONE.replace(b":9", b":6").replace(b'"eval_count":1', b'"eval_count":4')
+        assert answer.body == b"".join((*lines, final))
+        assert made.progress == sorted(set(made.progress)), "each brought something new"
+        assert made.seen == [b"".join(lines[: n + 1]) for n in range(3)]
+
+
+async def test_a_death_before_anything_new_is_no_progress() -> None:
+    dying = says(head(NDJSON), b"99\r\n{", die=True)
+    begun = says(head(NDJSON), chunk(LINES[0]), die=True)
+    async with nodes(begun, dying, dying) as (client, made):
+        await client.post("/api/chat", ASKS)
+        answer = await client.answer()
+        assert error_of("/api/chat", answer.body.removeprefix(LINES[0])) == "gone"
+        assert (made.progress, made.report.ending) == ([made.progress[0]] * 3, Ending.BROKEN)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 500 X\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 404 X\r\nContent-Type: application/x-ndjson\r\nContent-Length: 2\r\n\r\n{}",
+        OK + b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+        head(SSE) + END,
+        head(NDJSON, "Content-Encoding: zstd") + END,
+    ],
+)
+async def test_what_is_no_such_stream_is_refused_before_any_of_it_is_shown(answer: bytes) -> None:
+    begun = says(head(NDJSON), chunk(LINES[0]), b"99\r\n{", die=True)
+    ends = says(head(NDJSON), chunk(LAST_OF_ONE), END)
+    async with nodes(begun, says(answer), ends) as (client, made):
+        await client.post("/api/chat", ASKS)
+        body = (await client.answer()).body
+        assert body.startswith(LINES[0] + b'{"message":{"content":""},"done":true')
+        assert made.failures[1].kind is FailureKind.GARBAGE
+        assert re.fullmatch("answered [0-9]+ instead of going on", made.failures[1].detail)
+
+
+async def test_a_last_record_without_a_line_end_follows_on_too() -> None:
+    begun = says(head(NDJSON), chunk(LINES[0]), die=True)
+    ends = says(head(NDJSON), chunk(LAST_OF_ONE[:-1]), END)
+    async with nodes(begun, ends) as (client, made):
+        await client.post("/api/chat", ASKS)
+        body = (await client.answer()).body
+        assert json.loads(body.split(b"\n")[1])["eval_count"] == 2
+        assert usage.read(made.report.final).completion_tokens == 2
+
+
+async def test_an_answer_that_lacks_only_its_end_needs_no_other_node() -> None:
+    said = (*FIRST, *SHOWN_NEXT)
+    async with nodes(says(head(SSE), *map(chunk, (*said, COUNTS)), die=True)) as (client, made):
+        await client.post("/v1/chat/completions", ASKS)
+        answer = await client.answer()
+        assert (answer.body, answer.whole) == (b"".join((*said, DONE)), True)
+        assert made.seen == [b"".join(said)], "what is withheld is not kept"
+        told = usage.read(made.report.final)
+        assert (told.completion_tokens, made.report.ending) == (1, Ending.OK)
+
+
+async def test_counts_that_a_dead_node_told_are_not_those_of_the_next() -> None:
+    """A node may tell them before it ends its text: those of the one that ends it count."""
+    first = says(head(SSE), *map(chunk, (*FIRST, COUNTS)), die=True)
+    then = says(head(SSE), *map(chunk, (*NEXT, COUNTS, DONE)), END)
+    async with nodes(first, then) as (client, made):
+        await client.post("/v1/chat/completions", ASKS)
+        assert (await client.answer()).body == b"".join((*FIRST, *SHOWN_NEXT, DONE))
+        assert usage.read(made.report.final) == usage.Usage(7, 3)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [head(NDJSON), chunk(b'{"x":"' + b"y" * 200)],
+        [head(NDJSON, "Content-Encoding: zstd"), chunk(b"\x28\xb5\x2f\xfd")],
+        [head("application/json"), chunk(b"y" * 20_000)],
+    ],
+    ids=["a record above the limit", "a compressed stream", "no stream"],
+)
+async def test_what_has_no_records_is_not_kept(pieces: list[bytes]) -> None:
+    async with nodes(says(*pieces, die=True), record_bytes=120) as (client, made):
+        await client.post("/api/chat", ASKS)
+        assert not (await client.answer()).whole
+        assert (made.kept.lost, made.kept.data) == (True, b"")
+
+
+async def test_a_record_above_the_limit_passes_unstitched() -> None:
+    long = b'{"x":"' + b"y" * 200 + b'"}\n'
+    begun = says(head(NDJSON), chunk(LINES[0]), die=True)
+    then = says(head(NDJSON), *(chunk(long[at : at + 60]) for at in range(0, 240, 60)),
+                chunk(LAST_OF_ONE), END)  # fmt: skip
+    async with nodes(begun, then, record_bytes=120) as (client, made):
+        await client.post("/api/chat", ASKS)
+        body = (await client.answer()).body
+        assert body.startswith(LINES[0] + long)
+        assert json.loads(body.splitlines()[-1])["eval_count"] == 2
+        assert made.kept.lost

@@ -49,15 +49,20 @@ def fits_scalar(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
 def fits_object(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
     if not isinstance(value, dict):
         return False
-    known = rule.get("properties", {})
-    others = rule["additionalProperties"]
-    names = rule.get("propertyNames", {}).get("pattern", "")
     return all(key in value for key in rule.get("required", [])) and all(
-        fits(item, known[key], root)
-        if key in known
-        else others is not False and bool(re.search(names, key)) and fits(item, others, root)
+        isinstance(found := rule_of(key, rule), dict) and fits(item, found, root)
         for key, item in value.items()
     )
+
+
+def rule_of(key: str, rule: dict[str, Any]) -> Any:
+    """What holds for the value of this key; False where it may not stand."""
+    if key in (known := rule.get("properties", {})):
+        return known[key]
+    if not re.search(rule.get("propertyNames", {}).get("pattern", ""), key):
+        return False
+    patterns = rule.get("patternProperties", {}).items()
+    return next((of for name, of in patterns if re.search(name, key)), rule["additionalProperties"])
 
 
 def fits_range(value: float, rule: dict[str, Any]) -> bool:
@@ -91,6 +96,7 @@ def test_every_setting_has_its_line_of_manual_in_the_schema() -> None:
         NODES + "limits: {max_body_bytes: 8MB, max_held_bytes: 5}\nlog: {requests: '${NO}'}",
         NODES + "probe: {interval_s: 0.5, up_after: '${FOUR}'}\nrouting: {policy: least-in-flight}",
         NODES + "aliases: {a: b}\ntrusted: [10.0.0.0/8]\ncors: {origins: ['*', 'https://a:*']}",
+        NODES + "timeouts: {models: {'llama3*': {first_byte_s: 9, silent_down_s: '${FOUR}'}}}",
         "nodes: [{url: h, slots: '${FOUR}', headers: {X-A: b}, labels: {a: b}, models: ['!a*']}]",
     ],
 )
@@ -126,6 +132,9 @@ def test_an_editor_accepts_what_the_router_accepts(text: str) -> None:
         NODES + "routing: {policy: x}",
         NODES + "cors: {origins: [x]}",
         NODES + "timeouts: null",
+        NODES + "timeouts: {models: {'!': {}}}",
+        NODES + "timeouts: {models: {a: {first_bite_s: 5}}}",
+        NODES + "timeouts: {models: {a: {first_byte_s: 0}}}",
     ],
 )
 def test_an_editor_refuses_what_the_router_refuses(text: str) -> None:
@@ -158,7 +167,7 @@ def test_the_example_shows_every_section_with_its_defaults() -> None:
     assert set(shown) == set(schema()["properties"]) - {"pools", "aliases", "placement"}
     for key in ("probe", "routing", "timeouts", "limits", "log", "cors"):
         rule = schema()["$defs"][key.capitalize()]
-        assert shown[key] == {k: v["default"] for k, v in rule["properties"].items()}
+        assert shown[key] == {k: v.get("default", {}) for k, v in rule["properties"].items()}
     assert changes(config.parse(plain.encode(), "r.yaml", {}), read(NODES)) == Changes()
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from router import config
 from router.address import Address
+from router.core.rates import Waits
 from router.core.types import NodeSpec, Policy, Tls
 from router.errors import ConfigError
 from tests.configs import (
@@ -32,9 +33,10 @@ GLOB = "a glob of model names, with ! in front to exclude, is expected"
 HEADER = "a header is plain ASCII on one line (does the variable end in a newline?)"
 FIXED = "this header belongs to the connection: it cannot be set"
 TIMEOUT_KEYS = (
-    "accepted: connect_s, first_byte_s, between_records_s, drain_timeout_s, stalled_body_s, "
-    "head_timeout_s"
+    "accepted: connect_s, first_byte_s, first_byte_min_s, between_records_s, silent_down_s, "
+    "models, busy_s, drain_timeout_s, stalled_body_s, head_timeout_s"
 )
+WAIT_KEYS = "accepted: first_byte_s, first_byte_min_s, between_records_s, silent_down_s"
 
 
 def test_the_least_file_has_every_default() -> None:
@@ -56,12 +58,19 @@ def test_the_least_file_has_every_default() -> None:
     assert dict(least.timeouts) == {
         "connect_s": 2,
         "first_byte_s": 600,
+        "first_byte_min_s": 60,
         "between_records_s": 600,
+        "silent_down_s": 60,
+        "models": {},
+        "busy_s": 120,
         "drain_timeout_s": 60,
         "stalled_body_s": 60,
         "head_timeout_s": 30,
     }
     assert dict(least.limits) == {
+        "max_connections": 16384,
+        "max_in_flight": 8192,
+        "max_buffered_bytes": 1 << 30,
         "max_body_bytes": 512 * 1024 * 1024,
         "max_held_bytes": 8 * 1024 * 1024,
         "max_record_bytes": 8_000_000,
@@ -153,6 +162,22 @@ def test_variables_stand_wherever_a_value_may() -> None:
     assert (found.limits.max_body_bytes, found.limits.max_held_bytes) == (1 << 20, 4)
     assert found.log.requests is False
     assert found.timeouts.connect_s == 4.0
+
+
+def test_a_model_has_the_limits_of_the_first_glob_that_it_fits_and_else_those_for_all() -> None:
+    waits = read("""
+        nodes: [h]
+        timeouts:
+          first_byte_min_s: 30
+          models:
+            "*:70b": {first_byte_s: 1800, first_byte_min_s: 300}
+            llama3*: {between_records_s: "${FOUR}", silent_down_s: 5}
+            "*": {}
+    """).timeouts.waits
+    assert waits.of("mistral:7b") == Waits(600, 30, 600, 60)
+    assert waits.of("llama3:70b") == Waits(1800, 300, 600, 60)
+    assert waits.of("llama3:8b") == Waits(600, 30, 4, 5)
+    assert read(NODES).timeouts.waits.of("llama3:70b") == Waits(600, 60, 600, 60)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +314,31 @@ def test_a_mistake_in_a_node_is_told_once(entry: str, expected: str) -> None:
             "2:19: routing.policy: accepted: 'least-in-flight', found 'random'",
         ),
         ("timeouts: {total_s: 5}", f"2:12: timeouts.total_s: unknown key; {TIMEOUT_KEYS}"),
+        (
+            "timeouts: {models: {'llama3*': {first_bite_s: 5}}}",
+            "2:33: timeouts.models.llama3*.first_bite_s: unknown key (did you mean first_byte_s?); "
+            + WAIT_KEYS,
+        ),
+        (
+            "timeouts: {models: {tls: {connect_s: 5}}}",
+            f"2:27: timeouts.models.tls.connect_s: unknown key; {WAIT_KEYS}",
+        ),
+        (
+            "timeouts: {models: {llama3: {silent_down_s: 0}}}",
+            "2:45: timeouts.models.llama3.silent_down_s: more than 0 is expected, found 0",
+        ),
+        (
+            "timeouts: {models: {llama3: {between_records_s: 5m}}}",
+            "2:49: timeouts.models.llama3.between_records_s: a number is expected, found '5m'",
+        ),
+        ("timeouts: {models: {a b: {}}}", f"2:21: timeouts.models.?: {GLOB}"),
+        ("timeouts: {models: {'!': {}}}", f"2:21: timeouts.models.?: {GLOB}"),
+        ("timeouts: {models: {llama3: 5}}", f"2:29: timeouts.models.llama3: {MAPPING}, found 5"),
+        ("timeouts: {models: [llama3]}", f"2:20: timeouts.models: {MAPPING}"),
+        (
+            "timeouts: {models: {llama3: {first_byte_s: }}}",
+            "2:43: timeouts.models.llama3.first_byte_s: is empty: give a value or remove it",
+        ),
         ("limits: {max_body_bytes: 5TB}", f"2:26: limits.max_body_bytes: {SIZE}, found '5TB'"),
         ("limits: {max_body_bytes: 1IB}", f"2:26: limits.max_body_bytes: {SIZE}, found '1IB'"),
         (

@@ -15,13 +15,18 @@ class Silent:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.limit_s = inf
+        self.limit_s = self.down_s = inf
         self.said = 0.0
         self.cut = asyncio.Event()
 
-    def limit(self, limit_s: float) -> float:
-        self.limit_s, self.said = limit_s, self.loop.time()
-        return self.said + limit_s
+    def limit(self, limit_s: float, down_s: float = inf, *, down: bool = False) -> float:
+        self.limit_s, self.down_s, self.said = limit_s, down_s, self.loop.time()
+        return self.doubt(down=down)
+
+    def doubt(self, *, down: bool) -> float:
+        if down:
+            self.limit_s = self.down_s
+        return self.said + self.limit_s
 
     def overdue(self, now: float) -> float:
         due = self.said + self.limit_s
@@ -36,8 +41,14 @@ class Group:
         self.members = [Silent() for _ in range(size)]
         self.sweep = Sweep(cast(list[Connection], self.members))
 
-    def limit(self, number: int, limit_s: float | None) -> None:
-        self.sweep.limit(cast(Connection, self.members[number]), limit_s)
+    def limit(
+        self, number: int, limit_s: float | None, down_s: float | None = None, *, down: bool = False
+    ) -> None:
+        self.sweep.limit(cast(Connection, self.members[number]), limit_s, down_s, down=down)
+
+    def doubt(self, *numbers: int) -> None:
+        members = [cast(Connection, self.members[number]) for number in numbers]
+        self.sweep.doubt(members, down=True)
 
 
 async def test_each_is_cut_at_its_own_limit_in_whatever_order_they_are_set() -> None:
@@ -76,3 +87,28 @@ async def test_after_the_last_was_cut_a_new_limit_holds() -> None:
         group.limit(0, 0.005)
         await group.members[0].cut.wait()
         group.members[0].cut.clear()
+
+
+async def test_the_shorter_limit_of_a_node_that_is_down_rings_at_once() -> None:
+    group = Group(3)
+    group.limit(0, 3600, 0.01)
+    group.limit(1, None, 0.01)
+    group.limit(2, 3600, 0.01)
+    group.doubt(0, 1)
+    await group.members[0].cut.wait()
+    await group.members[1].cut.wait()
+    assert not group.members[2].cut.is_set()
+    group.limit(2, None, 0.01, down=True)
+    await group.members[2].cut.wait()
+    group.sweep.stop()
+
+
+async def test_doubt_of_a_node_without_connections_or_limits_sets_no_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = Group(1)
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_at", None)
+    group.doubt()
+    group.limit(0, None)
+    group.doubt(0)
+    assert not group.members[0].cut.is_set()

@@ -64,11 +64,12 @@ async def test_a_stream_is_counted_as_the_whole_answer_is(path: str) -> None:
         assert total(samples, "ollamux_time_to_first_token_seconds_count", endpoint=path) == 2
 
 
-def durations(whole: bytes) -> tuple[float | None, float | None]:
-    """Of the load and of the answer, in seconds, where it tells them."""
+def durations(whole: bytes) -> tuple[float | None, float | None, float | None]:
+    """Of the load, the answer and the prompt, in seconds, where it tells them."""
     told = json.loads(whole)
-    load, answer = told.get("load_duration"), told.get("eval_duration")
-    return None if load is None else load / 1e9, None if answer is None else answer / 1e9
+    spent = [told.get(f"{what}_duration") for what in ("load", "eval", "prompt_eval")]
+    load, answer, prompt = (None if one is None else one / 1e9 for one in spent)
+    return load, answer, prompt
 
 
 @pytest.mark.parametrize(

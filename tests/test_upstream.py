@@ -764,6 +764,130 @@ async def test_a_node_that_does_not_read_has_a_limit_too(nodes: Nodes, upstream:
     assert told.kind is FailureKind.FIRST_BYTE_TIMEOUT
 
 
+# Doubt
+
+
+PART = OK + b"Content-Length: 5\r\n\r\nhe"
+SHORT: dict[str, Any] = {"first_byte_s": 600.0, "between_s": 600.0, "down_s": 0.02}
+TOLD = "sent nothing for 0.02 s and fails its probes"
+
+
+class Mute:
+    """Says `first` to a request, and the rest only when told to. `asked`: it has a request."""
+
+    def __init__(self, first: bytes = b"") -> None:
+        self.first = first
+        self.asked = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def __call__(self, peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.say(self.first)
+            self.asked.set()
+            await self.go.wait()
+            await peer.say(HELLO.removeprefix(self.first))
+
+
+async def test_what_a_node_has_not_answered_fails_soon_once_it_is_down(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    mute = Mute()
+    node = await nodes.start(mute)
+    async with asyncio.TaskGroup() as group:
+        asked = [
+            group.create_task(failure(upstream.open(node.spec, GET, **SHORT))) for _ in range(3)
+        ]
+        await mute.asked.wait()  # by one of them: the others may be on their way
+        upstream.doubt(node.spec.url, down=True)
+    told = {(task.result().kind, task.result().detail) for task in asked}
+    assert told == {(FailureKind.FIRST_BYTE_TIMEOUT, TOLD)}
+
+
+async def test_an_answer_that_stands_still_fails_soon_once_its_node_is_down(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    node = await nodes.start(Mute(PART))
+    exchange = await upstream.open(node.spec, GET, **SHORT)
+    assert await exchange.read() == b"he"
+    upstream.doubt(node.spec.url, down=True)
+    told = await failure(exchange.read())
+    exchange.close()
+    assert (told.kind, told.detail) == (FailureKind.STALLED, TOLD)
+
+
+@pytest.mark.parametrize(
+    ("first", "kind"), [(b"", FailureKind.FIRST_BYTE_TIMEOUT), (PART, FailureKind.STALLED)]
+)
+async def test_a_node_that_is_down_already_has_the_shorter_limit_from_the_start(
+    nodes: Nodes, upstream: Upstream, first: bytes, kind: FailureKind
+) -> None:
+    node = await nodes.start(Mute(first))
+    upstream.doubt(node.spec.url, down=True)
+
+    async def ask() -> None:
+        await whole(await upstream.open(node.spec, GET, **SHORT))
+
+    told = await failure(ask())
+    assert (told.kind, told.detail) == (kind, TOLD)
+
+
+async def test_without_limits_an_exchange_has_one_while_its_node_is_down(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    node = await nodes.start(Mute(PART))
+    exchange = await upstream.open(node.spec, GET, down_s=0.02)
+    upstream.doubt(node.spec.url, down=True)
+    assert await exchange.read() == b"he"
+    told = await failure(exchange.read())
+    exchange.close()
+    assert (told.kind, told.detail) == (FailureKind.STALLED, TOLD)
+
+
+async def test_doubt_of_one_node_is_none_of_another(nodes: Nodes, upstream: Upstream) -> None:
+    mutes = Mute(PART), Mute(PART)
+    lost, kept = [await nodes.start(mute) for mute in mutes]
+    exchanges = [await upstream.open(node.spec, GET, **SHORT) for node in (lost, kept)]
+    upstream.doubt(lost.spec.url, down=True)
+    assert await exchanges[0].read() == b"he"
+    told = await failure(exchanges[0].read())
+    exchanges[0].close()
+    assert told.kind is FailureKind.STALLED
+    mutes[1].go.set()
+    assert await whole(exchanges[1]) == b"hello"
+
+
+@pytest.mark.parametrize("end", ["answers", "forgotten"])
+async def test_a_node_that_is_no_longer_down_has_all_its_time_again(
+    nodes: Nodes, upstream: Upstream, end: str
+) -> None:
+    mute = Mute()
+    node = await nodes.start(mute)
+    upstream.doubt(node.spec.url, down=True)
+    if end == "forgotten":
+        upstream.forget(node.spec.url)
+    async with asyncio.TaskGroup() as group:
+        answer = group.create_task(call(upstream, node, **SHORT))
+        if end == "answers":
+            await asyncio.sleep(0)
+            upstream.doubt(node.spec.url, down=False)
+        await mute.asked.wait()
+        asyncio.get_running_loop().call_later(0.1, mute.go.set)
+    assert answer.result() == b"hello"
+
+
+async def test_a_running_exchange_keeps_its_time_if_its_node_answers_in_time(
+    nodes: Nodes, upstream: Upstream
+) -> None:
+    mute = Mute(PART)
+    node = await nodes.start(mute)
+    exchange = await upstream.open(node.spec, GET, **SHORT)
+    upstream.doubt(node.spec.url, down=True)
+    upstream.doubt(node.spec.url, down=False)
+    asyncio.get_running_loop().call_later(0.1, mute.go.set)
+    assert await whole(exchange) == b"hello"
+
+
 # Connecting
 
 

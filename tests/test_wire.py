@@ -658,6 +658,79 @@ async def test_silence_cuts_a_response_off_unless_it_had_failed_or_ended() -> No
         assert line.conn.overdue(late) == inf
 
 
+DOWN = "sent nothing for 60 s and fails its probes"
+
+
+@pytest.mark.parametrize("down_first", [True, False])
+@pytest.mark.parametrize(
+    ("said", "kind"), [(b"", FailureKind.FIRST_BYTE_TIMEOUT), (b"0123", FailureKind.STALLED)]
+)
+async def test_a_node_in_doubt_has_the_shorter_limit_from_its_last_byte_on(
+    said: bytes, kind: FailureKind, *, down_first: bool
+) -> None:
+    line = Line()
+    await line.send()
+    if said:
+        line.conn.data_received(LENGTH + said)
+    if down_first:
+        due = line.conn.limit(600, 60, down=True)
+    else:
+        long = line.conn.limit(600, 60)
+        due = line.conn.doubt(down=True)
+        assert due == pytest.approx(long - 540)
+    assert line.conn.overdue(due - 0.1) == due
+    assert line.conn.overdue(due) == inf
+    assert line.conn.failure is not None
+    assert (line.conn.failure.kind, line.conn.failure.detail) == (kind, DOWN)
+
+
+async def test_a_node_that_answers_its_probes_again_has_the_long_limit_again() -> None:
+    line = Line()
+    await line.send()
+    long = line.conn.limit(600, 60)
+    for _ in range(2):
+        assert line.conn.doubt(down=True) == pytest.approx(long - 540)
+        assert line.conn.doubt(down=True) == pytest.approx(long - 540)
+        assert line.conn.doubt(down=False) == pytest.approx(long)
+    assert line.conn.overdue(long + 1) == inf
+    assert line.conn.failure is not None
+    assert line.conn.failure.detail == "no first byte within 600 s"
+
+
+@pytest.mark.parametrize("down_s", [inf, 600.0])
+async def test_doubt_changes_nothing_where_no_limit_is_shorter(down_s: float) -> None:
+    line = Line()
+    await line.send()
+    due = line.conn.limit(600, down_s)
+    assert line.conn.doubt(down=True) == due
+    assert line.conn.overdue(due) == inf
+    assert line.conn.failure is not None
+    assert line.conn.failure.detail == "no first byte within 600 s"
+    assert Line().conn.doubt(down=True) == inf
+
+
+async def test_a_piece_moves_the_limit_of_a_node_in_doubt() -> None:
+    line = Line()
+    await line.send()
+    line.conn.data_received(LENGTH + b"01")
+    line.conn.limit(600, 60)
+    due = line.conn.doubt(down=True)
+    line.conn.data_received(b"23")
+    assert due <= line.conn.due < due + 60
+    assert line.conn.overdue(due - 1e-6) == line.conn.due
+
+
+async def test_a_reader_that_holds_back_is_not_the_silence_of_a_node_in_doubt() -> None:
+    line = Line(high_water_bytes=2)
+    await line.send()
+    line.conn.data_received(LENGTH + b"0123")
+    line.conn.limit(600, 60)
+    due = line.conn.doubt(down=True)
+    assert line.conn.overdue(due + 1) == due + 61
+    assert line.conn.take() == b"0123"
+    line.conn.abort()
+
+
 async def refused(exchange: Exchange) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         await exchange.read()

@@ -105,7 +105,7 @@ class Rules:
         """Those with the digest that is to be used, and those without the model."""
         if self._digest is Digest.ANY:
             return able
-        having = [n for n in able if n.up and key in n.present and n.spec.url not in old]
+        having = [n for n in able if n.open and key in n.present and n.spec.url not in old]
         chosen = _chosen(having, key, self._digest)
         if chosen is None:
             return able

@@ -167,7 +167,8 @@ class Call(msgspec.Struct, frozen=True):
     """What the client asked. `model` is empty where the body names none that can be read.
     `streams`: the answer may be a stream. `usage`: the edit that makes it tell token counts
     which the client did not ask for. `span`: where a form has the model, which is no JSON.
-    `unloads`: it does nothing but free the memory that the model takes."""
+    `unloads`: it does nothing but free the memory that the model takes. `tools`: it offers some,
+    so that a stream may begin late: a call of one is told when it is whole."""
 
     route: Route
     model: str = ""
@@ -175,6 +176,7 @@ class Call(msgspec.Struct, frozen=True):
     usage: edits.Splice | None = None
     span: peek.Span | None = None
     unloads: bool = False
+    tools: bool = False
 
 
 _BLANKS = b" \t\r\n"
@@ -231,7 +233,7 @@ def _parse_quickly(route: Route, body: bytes | bytearray, *, asks: bool = False)
         and bool(route.content)
         and unload.asked(bytes(fields["keep_alive"]), bytes(fields.get(route.content, b"")))
     )
-    return Call(route, model or "", bool(stream), usage, None, unloads)
+    return Call(route, model or "", bool(stream), usage, None, unloads, "tools" in fields)
 
 
 def _asking(body: bytes | bytearray, fields: Mapping[str, object]) -> edits.Splice | None:
@@ -259,7 +261,7 @@ def _parse_exactly(route: Route, body: bytes | bytearray, *, asks: bool = False)
     unloads = bool(route.content) and unload.asked(
         _raw(body, fields, "keep_alive"), _raw(body, fields, route.content)
     )
-    return Call(route, model, streams, usage, None, unloads)
+    return Call(route, model, streams, usage, None, unloads, "tools" in fields)
 
 
 def _raw(body: bytes | bytearray, fields: Mapping[str, peek.Span], field: str) -> bytes:

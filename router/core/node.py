@@ -1,11 +1,25 @@
-"""One node as the pool knows it: health, models, in-flight."""
+"""One node as the pool knows it: health, breakers, models, in-flight."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from router.core.breaker import Breaker, Ground
 from router.core.names import Name
-from router.core.types import Flip, Health, Model, NodeSpec, Observation, Sign
+from router.core.replica import Replica
+from router.core.types import (
+    Ejected,
+    Ejection,
+    Failure,
+    FailureKind,
+    Flip,
+    Health,
+    Model,
+    NodeSpec,
+    Observation,
+    Outcome,
+    Sign,
+)
 
 _NUMBERS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,3}")
 
@@ -25,12 +39,26 @@ TRANSITIONS: Mapping[tuple[Health, Sign], tuple[Health, int]] = {
 }
 
 
+_CLOSED = Ejection.CLOSED
+_OTHERS = 2  # so many of the answers in a row are of other models than the worst one
+_REPLICAS_MAX = 1000  # a cloud model can have any name
+_BROKEN = frozenset((FailureKind.CONNECT, FailureKind.RESET, FailureKind.GARBAGE))
+_NO_FAULT = frozenset(
+    (FailureKind.REFUSED, FailureKind.MISSING, FailureKind.BUSY, FailureKind.OURS)
+)
+
+
 class Node:
-    """A node's state. Only the pool changes it."""
+    """A node's state. Only the pool changes it.
+
+    `open`: new leases may be given, as far as probes and the operator say. `troubled`: models of
+    which a breaker is not closed, or which were busy; None stands for the node itself.
+    """
 
     __slots__ = (
-        "_listed", "_loaded", "detail", "health", "in_flight", "pool", "present", "release",
-        "resident", "seen", "signs", "since", "spec", "turn", "up", "used", "version",
+        "_listed", "_loaded", "answered", "breaker", "detail", "draining", "full_at", "health",
+        "in_flight", "open", "pool", "present", "release", "replicas", "resident", "seen", "signs",
+        "since", "spec", "troubled", "turn", "up", "used", "version",
     )  # fmt: skip
 
     def __init__(self, spec: NodeSpec, pool: str, now: float) -> None:
@@ -38,6 +66,13 @@ class Node:
         self.pool = pool
         self.health = Health.UNKNOWN
         self.up = False  # whether health says so: asked for every node by every request
+        self.open = False
+        self.draining = False
+        self.breaker = Breaker()
+        self.answered: list[str] = []  # the models of the last answers of 5xx, all in a row
+        self.replicas: dict[str, Replica] = {}
+        self.troubled: set[str | None] = set()
+        self.full_at = now  # when it gets its full share of requests
         self.since = now
         self.detail = "not probed yet"
         self.signs = 0
@@ -60,9 +95,13 @@ class Node:
         """Worth another look soon: not up, or its last probe failed."""
         return not self.up or self.signs > 0
 
-    @property
-    def load(self) -> float:
-        return self.in_flight / (self.spec.slots * self.spec.weight)
+    def load(self, now: float, slow_start_s: float) -> float:
+        """What is in flight for its size; it counts as smaller for some time after its return."""
+        size = self.spec.slots * self.spec.weight
+        if now < self.full_at:
+            grown = 1 - (self.full_at - now) / slow_start_s
+            size *= max(grown, 1 / self.spec.slots)
+        return self.in_flight / size
 
     @property
     def disk(self) -> int:
@@ -93,6 +132,156 @@ class Node:
             return True
         return self.may_use(model.key) if model.cloud else model.key in self.present
 
+    def digest(self, key: str) -> str:
+        """Which model it has under this name; empty where that is not known."""
+        return self.present[key].digest if key in self.present else ""
+
+    # What traffic says.
+
+    def lets(self, key: str, now: float) -> bool:
+        """Whether neither a breaker nor a full queue keeps requests for this model away."""
+        if not self.troubled:
+            return True
+        replica = self.replicas.get(key)
+        return self.breaker.lets(now) and (replica is None or replica.lets(now))
+
+    def busy_until(self, key: str, now: float) -> float | None:
+        """When it may have room again for a model, if it has said that it has none."""
+        replica = self.replicas.get(key)
+        return replica.busy.until if replica is not None and replica.busy.until > now else None
+
+    def lease(self, key: str, ground: Ground, now: float) -> Sequence[Flip]:
+        """Count a request that goes there."""
+        self.turn = ground.turn
+        self.in_flight += 1
+        self.used += 1
+        replica = self.replicas.get(key)
+        if replica is None:
+            replica = self._replica(key, now)
+        if not self.troubled:
+            replica.in_flight += 1
+            return ()
+        before = self.breaker.state, replica.breaker.state
+        self.breaker.lease(ground.turn, now)
+        replica.lease(ground, now)
+        return self._flips(key, replica, before, now)
+
+    def _replica(self, key: str, now: float) -> Replica:
+        if len(self.replicas) >= _REPLICAS_MAX:
+            idle = [k for k, r in self.replicas.items() if not r.in_flight and r.lets(now)]
+            for one in idle:
+                del self.replicas[one]
+                self.troubled.discard(one)
+        replica = self.replicas[key] = Replica()
+        return replica
+
+    def leave(
+        self, key: str, turn: int, outcome: Outcome, ground: Ground, now: float
+    ) -> Sequence[Flip]:
+        """A request has ended, that was lease number `turn`: count it, and what it says."""
+        self.in_flight -= 1
+        self.used += 1
+        replica, failure = self.replicas[key], outcome.failure
+        replica.in_flight -= 1
+        if failure is None and not self.troubled:
+            if outcome.told:
+                replica.share.good(now, ground.rules.window_s)
+                replica.breaker.good(turn, now)
+                self.breaker.good(turn, now)
+                self.answered.clear()
+            return ()
+        before = self.breaker.state, replica.breaker.state
+        if failure is not None:
+            self._failed(key, replica, failure, turn, ground, now)
+        elif outcome.told:
+            replica.good(turn, ground, now)
+            self.breaker.good(turn, now)
+            self.answered.clear()
+        else:
+            replica.breaker.untold(turn, now)
+            self.breaker.untold(turn, now)
+        self._note(key, calm=replica.calm)
+        self._note(None, calm=self.breaker.state is _CLOSED)
+        if before[0] is not _CLOSED and self.breaker.state is _CLOSED:
+            self.full_at = now + ground.rules.slow_start_s
+        return self._flips(key, replica, before, now)
+
+    def _note(self, key: str | None, *, calm: bool) -> None:
+        (self.troubled.discard if calm else self.troubled.add)(key)
+
+    def _failed(
+        self, key: str, replica: Replica, failure: Failure, turn: int, ground: Ground, now: float
+    ) -> None:
+        """Broken connections are the node's fault; bad answers and silence the model's, so those
+        to a request that names none are nobody's."""
+        breaker, kind = self.breaker, failure.kind
+        why = failure.detail or kind.value
+        if kind in _BROKEN:
+            replica.breaker.untold(turn, now)
+            if not breaker.stale(turn) and breaker.bad(ground.rules.resets):
+                breaker.open(why, ground, now)
+        elif kind in _NO_FAULT or not key:
+            replica.breaker.untold(turn, now)
+            breaker.untold(turn, now)
+            if kind is FailureKind.BUSY:
+                replica.full(ground, now)
+        else:
+            replica.bad(why, turn, ground, now)
+            if key not in self.present:  # a cloud model: what fails is behind the node
+                breaker.untold(turn, now)
+            elif not breaker.stale(turn):
+                self._answered(key, why, ground, now)
+
+    def _answered(self, key: str, why: str, ground: Ground, now: float) -> None:
+        """It is the node's fault, too, if several of its models fail in a row."""
+        most = ground.rules.answers
+        self.answered.append(key)
+        del self.answered[:-most]
+        worst = max(map(self.answered.count, self.answered))
+        many = len(self.answered) == most and worst <= most - _OTHERS
+        state = self.breaker.state
+        if state is Ejection.TRIAL or (many and state is _CLOSED):
+            self.breaker.open(why, ground, now)
+
+    def _flips(
+        self, key: str, replica: Replica, before: tuple[Ejection, Ejection], now: float
+    ) -> Sequence[Flip]:
+        """What has changed about who is kept away."""
+        found = []
+        for breaker, was, model in (
+            (self.breaker, before[0], ""),
+            (replica.breaker, before[1], key),
+        ):
+            if breaker.state is not was:
+                wait_s = max(0.0, breaker.back_off.until - now)
+                found.append(
+                    Flip(self.spec.name, was, breaker.state, breaker.reason, model, wait_s)
+                )
+        return found
+
+    def ejected(self) -> tuple[Ejected, ...]:
+        """What requests are kept away from, for the operator."""
+        found = []
+        if self.breaker.state is not _CLOSED:
+            trial = self.breaker.state is Ejection.TRIAL
+            found.append(Ejected(self.breaker.reason, self.breaker.back_off.until, "", trial))
+        for key in sorted(key for key in self.troubled if key is not None):
+            found += self.replicas[key].ejected(key)
+        return tuple(found)
+
+    def drain(self, *, draining: bool) -> bool:
+        """Give no new leases, or give them again; says whether that is a change."""
+        was, self.draining = self.draining, draining
+        self.open = self.up and not draining
+        return was is not draining
+
+    def lose(self, key: str) -> None:
+        """It does not have a model that it had."""
+        self._listed = {k: m for k, m in self._listed.items() if k != key}
+        self.present = self._usable(self._listed)
+
+    # What probes say.
+
     def feel(self, sign: Sign, up_after: int, down_after: int, now: float) -> tuple[Health, Health]:
         """Take one sign of health; returns (health before, health after)."""
         was = self.health
@@ -101,6 +290,7 @@ class Node:
         if nxt is not was and self.signs >= (1, up_after, down_after)[needed]:
             self.health, self.since, self.signs = nxt, now, 0
             self.up = nxt is Health.UP
+            self.open = self.up and not self.draining
         return was, self.health
 
     def learn(self, seen: Observation) -> bool:
@@ -116,11 +306,6 @@ class Node:
             self._loaded = seen.resident
             self.resident = self._usable(seen.resident)
         return before != (self.version, self._listed, self._loaded)
-
-    def flip(self, was: Health) -> Flip | None:
-        if was is self.health:
-            return None
-        return Flip(self.spec.name, was, self.health, self.detail)
 
 
 def release(version: str) -> tuple[int, ...]:

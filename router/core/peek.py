@@ -151,3 +151,11 @@ def _container_end(body: bytes | bytearray, at: int, steps: Iterator[int]) -> in
             depth -= 1
             if not depth:
                 return at
+
+
+def number(data: bytes | bytearray, span: Span) -> int:
+    """The whole number that stands there. Raises Unreadable."""
+    try:
+        return int(data[slice(*span)])
+    except ValueError:
+        raise Unreadable("no whole number") from None

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 
 from router.core.bounds import Bounds
 from router.core.names import Name, Pin, pinned
 from router.core.node import Node
-from router.core.types import Reason, Refusal, Rejected, Scope
+from router.core.types import Reason, Refusal, Rejected, Resilience, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,40 +34,65 @@ class Eligible(msgspec.Struct, frozen=True, eq=False):
 
 
 def eligible(
-    pools: Sequence[Sequence[Node]], target: Target, tried: Collection[str]
-) -> Eligible | Rejected:
+    pools: Sequence[Sequence[Node]], target: Target, tried: Collection[str], rules: Resilience,
+    now: float,
+) -> Eligible | Rejected:  # fmt: skip
     """The nodes that may be asked; `tried` holds urls of nodes that have failed this request."""
     if target.pin is not None:
-        return _pinned(pools, target, tried)
+        return _pinned(pools, target, tried, now)
     if target.bounds is not None:
-        return _bounded(pools, target.model, target.bounds, tried)
-    return _among(pools, target.model, tried) or _nobody(_holders(pools, target.model), pools)
+        return _bounded(pools, target.model, target.bounds, tried, rules, now)
+    model = target.model
+    kept_away = _kept_away(pools, model, rules, now)
+    return _among(pools, model, tried, kept_away) or _nobody(pools, model, pools, tried, now)
 
 
 def _among(
-    pools: Sequence[Sequence[Node]], model: Name | None, tried: Collection[str]
-) -> Eligible | None:
+    pools: Sequence[Sequence[Node]], model: Name | None, tried: Collection[str],
+    kept_away: Collection[Node],
+) -> Eligible | None:  # fmt: skip
     for place, nodes in enumerate(pools):
-        usable = [n for n in nodes if n.up and n.serves(model) and n.spec.url not in tried]
+        usable = [n for n in nodes if n.open and n.serves(model) and n.spec.url not in tried]
+        if kept_away:
+            usable = [n for n in usable if n not in kept_away]
         if usable:
             return Eligible(usable, _reason(place, usable))
     return None
 
 
+def _kept_away(
+    pools: Sequence[Sequence[Node]], model: Name | None, rules: Resilience, now: float
+) -> Collection[Node]:
+    """The nodes that a breaker keeps requests for this model away from, or that are full. Where
+    too few of those that have it would be left, none is kept away but the full ones."""
+    if now == inf or not any(node.troubled for nodes in pools for node in nodes):
+        return ()
+    key = "" if model is None else model.key
+    holders = [n for n in _holders(pools, model) if not n.draining]
+    ejected = [n for n in holders if n.open and not n.lets(key, now)]
+    left = sum(n.open for n in holders) - len(ejected)
+    if left < rules.panic_share * len(holders):
+        return [n for n in ejected if n.busy_until(key, now) is not None]
+    return ejected
+
+
 def _bounded(
-    pools: Sequence[Sequence[Node]], model: Name | None, bounds: Bounds, tried: Collection[str]
-) -> Eligible | Rejected:
+    pools: Sequence[Sequence[Node]], model: Name | None, bounds: Bounds, tried: Collection[str],
+    rules: Resilience, now: float,
+) -> Eligible | Rejected:  # fmt: skip
     pools = _within(pools, bounds.only)
     able = _within(pools, bounds.only - bounds.old)
-    found = _among(_within(able, bounds.preferred), model, tried) or _among(able, model, tried)
+    kept_away = _kept_away(able, model, rules, now)
+    found = _among(_within(able, bounds.preferred), model, tried, kept_away) or _among(
+        able, model, tried, kept_away
+    )
     if found is not None:
         return found
     if model is not None and not pools:
         return Rejected(Refusal.NO_MODEL)
-    holders, too_old = _holders(able, model), _holders(pools, model)
-    if too_old and not holders:
-        return _too_old(too_old)
-    return _nobody(holders, pools)
+    if _holders(pools, model) and not _holders(able, model):
+        return _too_old(_holders(pools, model))
+    return _nobody(able, model, pools, tried, now)
 
 
 def _within(pools: Sequence[Sequence[Node]], urls: Collection[str]) -> Sequence[Sequence[Node]]:
@@ -89,14 +115,33 @@ def _reason(place: int, usable: Sequence[Node]) -> Reason:
     return Reason.ONLY if len(usable) == 1 else Reason.LEAST_IN_FLIGHT
 
 
-def _nobody(holders: Sequence[Node], pools: Sequence[Sequence[Node]]) -> Rejected:
+def _nobody(
+    able: Sequence[Sequence[Node]], model: Name | None, pools: Sequence[Sequence[Node]],
+    tried: Collection[str], now: float,
+) -> Rejected:  # fmt: skip
+    """Why none of the able nodes may be asked; `pools` are all that the request is about."""
+    holders = _holders(able, model)
+    opened = [node for node in holders if node.open]
+    if opened:
+        left = [node for node in opened if node.spec.url not in tried]
+        key = "" if model is None else model.key
+        return _full(left, key, now) or _rejected(Refusal.ALL_TRIED, holders)
     if any(node.up for node in holders):
-        return _rejected(Refusal.ALL_TRIED, holders)
+        return _rejected(Refusal.DRAINED, [node for node in holders if node.up])
     everyone = [node for nodes in pools for node in nodes]
     if not holders and any(node.up for node in everyone):
         return Rejected(Refusal.NO_MODEL)
     # With every node down, what they have is not known well enough to say "no such model".
     return _rejected(Refusal.NODES_DOWN, holders or everyone)
+
+
+def _full(nodes: Sequence[Node], key: str, now: float) -> Rejected | None:
+    """Nodes that will have room again, and when the first of them may."""
+    full = {node: at for node in nodes if (at := node.busy_until(key, now)) is not None}
+    if not full:
+        return None
+    specs = tuple(node.spec for node in full)
+    return Rejected(Refusal.BUSY, specs, until=min(full.values()))
 
 
 def _rejected(refusal: Refusal, nodes: Sequence[Node]) -> Rejected:
@@ -120,7 +165,9 @@ def inside(pools: Sequence[Sequence[Node]], target: Target) -> Sequence[Node] | 
 def nobody_has(nodes: Sequence[Node], having: Sequence[Node], target: Target) -> Rejected:
     """Why none of the nodes that pin and scope leave has the model, or none that is up."""
     if target.pin is None:
-        return _nobody(having, [nodes])
+        if not having and any(node.up for node in nodes):
+            return Rejected(Refusal.NO_MODEL)
+        return _rejected(Refusal.NODES_DOWN, having or nodes)
     return _rejected(Refusal.NOT_ON_PIN if nodes[0].up else Refusal.PIN_DOWN, nodes)
 
 
@@ -132,8 +179,9 @@ def _unknown(pools: Sequence[Sequence[Node]], nodes: Sequence[Node], pin: Pin) -
 
 
 def _pinned(
-    pools: Sequence[Sequence[Node]], target: Target, tried: Collection[str]
+    pools: Sequence[Sequence[Node]], target: Target, tried: Collection[str], now: float
 ) -> Eligible | Rejected:
+    """The one node. No breaker keeps away who asked for it by its name."""
     found = inside(pools, target)
     if isinstance(found, Rejected):
         return found
@@ -147,11 +195,15 @@ def _pinned(
         return _rejected(Refusal.NOT_ON_PIN, found)
     if bounds is not None and bounds.old:
         return _too_old(found)
-    return Eligible(found, Reason.PINNED)
+    if node.draining:
+        return _rejected(Refusal.DRAINED, found)
+    key = "" if target.model is None else target.model.key
+    return _full(found, key, now) or Eligible(found, Reason.PINNED)
 
 
-def pick(nodes: Sequence[Node]) -> Node:
+def pick(nodes: Sequence[Node], rules: Resilience, now: float) -> Node:
     """Least in flight for its size; among equals the one whose turn is longest ago."""
     if len(nodes) == 1:
         return nodes[0]
-    return min(nodes, key=lambda node: (node.load, node.turn))
+    slow_start_s = rules.slow_start_s
+    return min(nodes, key=lambda node: (node.load(now, slow_start_s), node.turn))

@@ -1,14 +1,18 @@
 """The one owner of nodes and leases. Synchronous; told the time; returns what to do."""
 
 from collections.abc import Collection, Mapping, Sequence
+from math import inf
 
 import msgspec
 
-from router.core import names, policy
-from router.core.bounds import Conflicts, Rules, Terms, conflicts
-from router.core.names import BadName, Name, Pin
+from router.core import policy
+from router.core.bounds import Conflicts, Rules, conflicts
+from router.core.breaker import Ground, Roll
 from router.core.node import Node
 from router.core.policy import Target
+from router.core.rates import Waits
+from router.core.resolver import Resolver
+from router.core.retry import Budget
 from router.core.types import (
     FailureKind,
     Flip,
@@ -26,20 +30,24 @@ from router.core.types import (
     Sign,
     Topology,
 )
+from router.core.usage import Usage
 
-# Names as clients write them, read once per revision. A client may send any number of them.
-_KNOWN_MAX = 1000
-_TEXT_MAX = 1000
 _NO_NEED = Need.NONE
-_ANYONE = Target()
-_NEWEST = (1 << 40,)  # newer than all: no version is known
+_BYTES_PER_TOKEN = 4
+_TOKENS_MAX = 262_144  # no model reads more; a larger body is an image
 
 
 class Attempt(msgspec.Struct, frozen=True, eq=False):
-    """One try on one node. Each has an identity of its own: it enters and leaves once."""
+    """One try on one node. Each has an identity of its own: it enters and leaves once.
+
+    `tried`: urls of nodes that are not to be asked. `digest`: of the model, where it has to be the
+    very same. `answered`: the url of the node whose answer is the reason for another try.
+    """
 
     target: Target
     tried: Collection[str] = frozenset()
+    digest: str = ""
+    answered: str = ""
 
 
 class Lease(msgspec.Struct, frozen=True, eq=False):
@@ -48,21 +56,29 @@ class Lease(msgspec.Struct, frozen=True, eq=False):
     attempt: Attempt
     node: NodeSpec
     reason: Reason
+    flips: Sequence[Flip] = ()
+
+
+class _Held(msgspec.Struct, frozen=True, eq=False):
+    """Where a lease is counted. `turn`: how many leases had been given with it; `paid`: it takes
+    from the budget of retries."""
+
+    node: Node
+    key: str
+    turn: int
+    paid: bool
 
 
 class Pool:
     """All nodes and all leases. `revision` grows with every change that a listing may show."""
 
-    def __init__(self, topology: Topology, now: float) -> None:
+    def __init__(self, topology: Topology, now: float, roll: Roll = lambda: 0.5) -> None:
         self.revision = 0
         self._nodes: dict[str, Node] = {}
         self._leaving: list[Node] = []
-        self._leases: dict[Attempt, Node] = {}
-        self._turn = 0
-        self._resolved: dict[object, Target | Rejected] = {}
-        self._scopes: dict[str, Scope] = {}
-        self._known_at = 0
-        self._oldest: tuple[int, ...] = _NEWEST
+        self._leases: dict[Attempt, _Held] = {}
+        self._ground = Ground(topology.resilience, roll)
+        self._budget = Budget()
         self._conflicts: Conflicts = {}
         self._listed: Sequence[tuple[str, Mapping[str, Model]]] = ()
         self.reconfigure(topology, now)
@@ -74,11 +90,8 @@ class Pool:
 
     def reconfigure(self, topology: Topology, now: float) -> None:
         """Take a new configuration. A node whose url stays keeps its state."""
-        self._aliases = {
-            names.parse(name).key: (to,) if isinstance(to, str) else to
-            for name, to in topology.aliases.items()
-        }
         self._topology = topology
+        self._ground.rules = topology.resilience
         self._rules = Rules(topology)
         before = self._nodes | {node.spec.url: node for node in self._leaving}
         self._nodes = {}
@@ -90,6 +103,7 @@ class Pool:
         self._leaving = [
             node for url, node in before.items() if url not in self._nodes and node.in_flight
         ]
+        self._resolver = Resolver(self._pools, self._rules, topology)
         self.revision += 1
 
     @staticmethod
@@ -104,28 +118,7 @@ class Pool:
 
     def scope(self, text: str) -> Scope | Rejected:
         """The nodes that `/@text/...` leaves: one, by its name or address, or those of a pool."""
-        if self._known_at != self.revision or len(self._scopes) > _KNOWN_MAX:
-            self._forget()
-        found: Scope | Rejected | None = self._scopes.get(text)
-        if found is None:
-            found = self._scope(text)
-            if isinstance(found, Scope):
-                self._scopes[text] = found
-        return found
-
-    def _scope(self, text: str) -> Scope | Rejected:
-        specs = self.specs()
-        try:
-            found = names.pinned(names.pin(text), specs)
-        except BadName:
-            found = []
-        if len(found) == 1:
-            return Scope(text, frozenset([found[0].url]))
-        pool = [n.spec.url for n in self._nodes.values() if n.pool.lower() == text.lower()]
-        if pool:
-            return Scope(text, frozenset(pool))
-        refusal = Refusal.AMBIGUOUS_PIN if found else Refusal.UNKNOWN_PIN
-        return Rejected(refusal, tuple(found or specs))
+        return self._resolver.scope(text, self.revision)
 
     def resolve(
         self,
@@ -135,101 +128,27 @@ class Pool:
         since: tuple[int, ...] = (),
     ) -> Target | Rejected:
         """Read a model's name as a client wrote it: pin, alias and prefix taken off."""
-        if self._known_at != self.revision or len(self._resolved) > _KNOWN_MAX:
-            self._forget()
-        plain = scope is None and need is _NO_NEED and since <= self._oldest
-        asked = text if plain else (text, scope, need, since)
-        found = self._resolved.get(asked)
-        if found is None:
-            found = self._resolve(text, Terms(scope, need, since))
-            if len(text) <= _TEXT_MAX:
-                self._resolved[asked] = found
-        return found
+        return self._resolver.resolve(text, scope, need, since, self.revision)
 
     def anyone(self, scope: Scope | None, need: Need, since: tuple[int, ...]) -> Target | Rejected:
         """What a request needs that names no model."""
-        if self._known_at != self.revision:
-            self._forget()
-        if scope is None and need is _NO_NEED and since <= self._oldest:
-            return _ANYONE
-        return self._target(None, None, Terms(scope, need, since))
-
-    def _forget(self) -> None:
-        """What was worked out holds until the next change."""
-        self._known_at = self.revision
-        self._resolved.clear()
-        self._scopes.clear()
-        releases = [node.release for node in self._nodes.values() if node.release]
-        self._oldest = min(releases, default=_NEWEST)
-
-    def _resolve(self, text: str, terms: Terms) -> Target | Rejected:
-        try:
-            left, pin = names.split_pin(text)
-            name = self._name(left)
-            candidates = self._aliases.get(name.key)
-            if candidates is None:
-                return self._target(name, pin, terms)
-            found = [self._candidate(one, pin, terms) for one in candidates]
-        except BadName:
-            return Rejected(Refusal.BAD_NAME)
-        return next((one for one in found if self._can_be_had(one)), found[0])
-
-    def _candidate(self, text: str, pin: Pin | None, terms: Terms) -> Target | Rejected:
-        """What an alias stands for. A pin of the client's, also by path, replaces its own."""
-        left, own = names.split_pin(text)
-        target = self._target(self._name(left), pin or own, terms)
-        if isinstance(target, Rejected) and target.refusal is Refusal.OUT_OF_SCOPE and pin is None:
-            return self._target(self._name(left), None, terms)
-        return target
-
-    def _can_be_had(self, target: Target | Rejected) -> bool:
-        return isinstance(target, Target) and not isinstance(self.eligible(target), Rejected)
-
-    def _target(self, name: Name | None, pin: Pin | None, terms: Terms) -> Target | Rejected:
-        scope = terms.scope
-        if pin is None and scope is not None and len(scope.urls) == 1:
-            pin = next(
-                (Pin(n.spec.name) for n in self._nodes.values() if n.spec.url in scope.urls), None
-            )
-        sent, known = ("", False) if name is None else (name.text, self.knows(name.key))
-        target = Target(name, pin, sent, known, scope)
-        nodes: Sequence[Node] = list(self._nodes.values())
-        if pin is not None:
-            inside = policy.inside(self._pools, target)
-            if isinstance(inside, Rejected):
-                return inside if inside.refusal is Refusal.OUT_OF_SCOPE else target
-            nodes = inside
-        bounds = self._rules.bounds(nodes, name, terms)
-        if isinstance(bounds, Rejected):
-            return bounds
-        return Target(name, pin, sent, known, scope, bounds)
-
-    def _name(self, text: str) -> Name:
-        rest = names.without_prefix(text)
-        try:
-            name = names.parse(text)
-        except BadName:
-            if rest is None:
-                raise
-            return names.parse(rest)
-        if rest is None or self.knows(name.key):
-            return name
-        return names.parse(rest)
+        return self._resolver.anyone(scope, need, since, self.revision)
 
     def knows(self, key: str) -> bool:
         """Whether any node, up or down, has this model as far as known."""
-        return any(key in node.present for node in self._nodes.values())
+        return self._resolver.knows(key)
 
     def eligible(self, target: Target) -> Sequence[NodeSpec] | Rejected:
-        """The nodes that a request for this would be sent to now; nothing is counted."""
-        found = policy.eligible(self._pools, target, ())
+        """The nodes that a request for this may be sent to, whatever breakers say now; nothing is
+        counted."""
+        found = policy.eligible(self._pools, target, (), self._ground.rules, inf)
         if isinstance(found, Rejected):
             return found
         return [node.spec for node in found.nodes]
 
     def listed(self, scope: Scope | None) -> Sequence[Mapping[str, Model]]:
-        """What each node that is up has, of what may be had from it."""
-        return self._rules.listed(self._up(scope))
+        """What each node that takes requests has, of what may be had from it."""
+        return self._rules.listed([node for node in self._up(scope) if node.open])
 
     def _up(self, scope: Scope | None) -> list[Node]:
         nodes = [node for node in self._nodes.values() if node.up]
@@ -238,7 +157,7 @@ class Pool:
     @property
     def aliases(self) -> Collection[str]:
         """Their canonical names."""
-        return self._aliases.keys()
+        return self._resolver.aliases
 
     # What managing verbs go through: they reach all nodes that a model is on, or belongs on.
 
@@ -299,53 +218,125 @@ class Pool:
 
     # The lease of one attempt.
 
-    def submit(self, attempt: Attempt) -> Lease | Rejected:
+    def submit(self, attempt: Attempt, now: float) -> Lease | Rejected:
         """Choose a node and count the attempt on it, in one step."""
-        found = policy.eligible(self._pools, attempt.target, attempt.tried)
+        ground, target, paid = self._ground, attempt.target, False
+        key = "" if target.model is None else target.model.key
+        pools = self._having(key, attempt.digest) if attempt.digest else self._pools
+        found = policy.eligible(pools, target, attempt.tried, ground.rules, now)
         if isinstance(found, Rejected):
             return found
-        node = policy.pick(found.nodes)
-        self._turn += 1
-        node.turn = self._turn
-        node.in_flight += 1
-        node.used += 1
-        self._leases[attempt] = node
-        return Lease(attempt, node.spec, found.reason)
+        if attempt.answered:
+            paid = self._is_open(attempt.answered, target, now)
+            if paid and not self._budget.take(len(self._leases), ground.rules, now):
+                return Rejected(Refusal.BUDGET)
+        node = policy.pick(found.nodes, ground.rules, now)
+        ground.turn += 1
+        flips = node.lease(key, ground, now)
+        self._leases[attempt] = _Held(node, key, ground.turn, paid)
+        return Lease(attempt, node.spec, found.reason, flips)
 
-    def leave(self, attempt: Attempt, outcome: Outcome, now: float) -> Flip | None:
+    def _having(self, key: str, digest: str) -> Sequence[Sequence[Node]]:
+        return [[n for n in nodes if n.digest(key) == digest] for nodes in self._pools]
+
+    def _is_open(self, url: str, target: Target, now: float) -> bool:
+        """Whether this node still gets such requests. What leaves one that does not is no more
+        than what was in flight there when it was ejected: it costs no budget."""
+        node, model = self._nodes.get(url), target.model
+        if node is None or not node.open or not node.serves(model):
+            return False
+        return node.lets("" if model is None else model.key, now)
+
+    def leave(self, attempt: Attempt, outcome: Outcome, now: float) -> Sequence[Flip]:
         """The one way out, for an attempt that was leased and for one that was not."""
-        node = self._leases.pop(attempt, None)
-        if node is None:
-            return None
-        node.in_flight -= 1
-        node.used += 1
+        held = self._leases.pop(attempt, None)
+        if held is None:
+            return ()
+        node, failure = held.node, outcome.failure
+        if held.paid:
+            self._budget.give()
+        flips = node.leave(held.key, held.turn, outcome, self._ground, now)
         if not node.in_flight and node in self._leaving:
             self._leaving.remove(node)
-        failure = outcome.failure
-        if failure is not None and failure.kind is FailureKind.REFUSED:
-            return self._feel(node, Sign.REFUSED, failure.detail, now)
-        return None
+        if failure is None:
+            return flips
+        if failure.kind is FailureKind.FIRST_BYTE_TIMEOUT:
+            node.replicas[held.key].rates.late()
+        if failure.kind is FailureKind.MISSING:
+            node.lose(held.key)
+            self.revision += 1
+        if failure.kind is FailureKind.REFUSED:
+            return [*flips, *self._feel(node, Sign.REFUSED, failure.detail, now)]
+        return flips
+
+    def digest(self, url: str, target: Target) -> str:
+        """Which model a node has under this name; empty where that is not known."""
+        node = self._nodes.get(url)
+        return "" if node is None or target.model is None else node.digest(target.model.key)
+
+    def learn(self, url: str, key: str, told: Usage) -> None:
+        """Take what the final record of an answer told of the node's speed."""
+        node = self._nodes.get(url)
+        replica = None if node is None else node.replicas.get(key)
+        if replica is not None:
+            replica.rates.learn(told)
+
+    def first_byte_s(self, lease: Lease, waits: Waits, body_bytes: int, *, streams: bool) -> float:
+        """How long the answer to a leased request may take to begin."""
+        held = self._leases[lease.attempt]
+        replica = held.node.replicas[held.key]
+        tokens = min(body_bytes // _BYTES_PER_TOKEN, _TOKENS_MAX)
+        return replica.rates.first_byte_limit_s(
+            waits, tokens, replica.in_flight - 1, streams=streams,
+            warm=held.key in held.node.resident,
+        )  # fmt: skip
+
+    # What the operator says.
+
+    def drain(self, text: str, *, draining: bool) -> NodeSpec | Rejected:
+        """Give a node no new leases, or give it leases again; `text` is its name or address."""
+        scope = self.scope(text)
+        if isinstance(scope, Rejected) or len(scope.urls) != 1:
+            return scope if isinstance(scope, Rejected) else Rejected(Refusal.AMBIGUOUS_PIN)
+        [node] = [self._nodes[url] for url in scope.urls]
+        if node.drain(draining=draining):
+            self.revision += 1
+        return node.spec
+
+    @property
+    def drained(self) -> Sequence[str]:
+        """The urls of the nodes that get no new leases."""
+        return [url for url, node in self._nodes.items() if node.draining]
+
+    def keep_drained(self, urls: Collection[str]) -> None:
+        """Take over which nodes get no new leases."""
+        for url in self._nodes.keys() & urls:
+            self._nodes[url].drain(draining=True)
+        self.revision += 1
 
     # What probes say.
 
-    def observe(self, url: str, seen: Observation, now: float) -> Flip | None:
+    def observe(self, url: str, seen: Observation, now: float) -> Sequence[Flip]:
         """Take what a probe learned; a node that is no longer configured is passed over."""
         node = self._nodes.get(url)
         if node is None:
-            return None
+            return ()
         if node.learn(seen):
             self.revision += 1
         if seen.sign is None:
-            return None
+            return ()
         return self._feel(node, seen.sign, seen.detail, now)
 
-    def _feel(self, node: Node, sign: Sign, detail: str, now: float) -> Flip | None:
+    def _feel(self, node: Node, sign: Sign, detail: str, now: float) -> Sequence[Flip]:
         topology = self._topology
         node.detail = detail
         was, health = node.feel(sign, topology.up_after, topology.down_after, now)
-        if was is not health:
-            self.revision += 1
-        return node.flip(was)
+        if was is health:
+            return ()
+        self.revision += 1
+        if was is Health.DOWN:
+            node.full_at = now + topology.resilience.slow_start_s
+        return [Flip(node.spec.name, was, health, detail)]
 
     # What others may see.
 
@@ -394,6 +385,8 @@ def _view(node: Node, *, leaving: bool) -> NodeView:
         detail=node.detail,
         suspect=node.suspect,
         leaving=leaving,
+        draining=node.draining,
+        ejected=node.ejected(),
         in_flight=node.in_flight,
         version=node.version,
         present=node.present,

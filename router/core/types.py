@@ -91,6 +91,34 @@ class Policy(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Resilience:
+    """When traffic is kept away from what fails, for how long, and how often it is tried again.
+
+    `resets`: failed connections in a row that eject a node; `answers`: answers of 5xx in a row, or
+    a share of good ones under `good_share` over `window_s` with at least as many, that eject a
+    model on it. Ejected for `back_off_s`, twice as long each time up to `back_off_max_s`, varied
+    by `jitter` (a share). Under `panic_share` of a model's nodes, ejected ones are tried too. A
+    node that returns gets its full share of requests after `slow_start_s`. A request goes to
+    at most `other_nodes` after the first; what was answered goes elsewhere only while such retries
+    are under `budget` (a share of what is in flight), or under `budget_least` in `budget_s`.
+    """
+
+    resets: int = 3
+    answers: int = 5
+    good_share: float = 0.8
+    window_s: float = 30.0
+    back_off_s: float = 1.0
+    back_off_max_s: float = 60.0
+    jitter: float = 0.5
+    panic_share: float = 0.34
+    slow_start_s: float = 30.0
+    other_nodes: int = 2
+    budget: float = 0.2
+    budget_least: int = 20
+    budget_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """All that the core needs of a configuration. Pools are tried in their order, and so are the
     models that an alias stands for."""
@@ -102,6 +130,7 @@ class Topology:
     digest: Digest = Digest.ANY
     up_after: int = 2
     down_after: int = 3
+    resilience: Resilience = Resilience()
 
 
 class Scope(msgspec.Struct, frozen=True):
@@ -125,6 +154,9 @@ class FailureKind(enum.StrEnum):
 
     REFUSED = "refused"  # nobody listens there
     BUSY = "busy"  # it answered that it takes no more
+    ANSWERED = "answered"  # it answered that it failed
+    MISSING = "missing"  # it answered that it does not have a model that it had
+    OURS = "ours"  # the router itself has no descriptor, port or memory left for a connection
     CONNECT = "connect"  # no route, no name, TLS refused, connect limit passed
     RESET = "reset"  # the connection ended before the answer was whole
     GARBAGE = "garbage"  # what came back is not HTTP, or is framed wrongly
@@ -139,6 +171,7 @@ class Failure:
     `sent`: at least one byte of the request left for the node. `reused`: it went out on a
     connection that had carried a request before. `received`: at least one byte came back.
     `detail` is for logs and error texts and never holds bytes of a request or a secret.
+    `status` is that of the answer, where there was one.
     """
 
     kind: FailureKind
@@ -146,6 +179,7 @@ class Failure:
     reused: bool = False
     received: bool = False
     detail: str = ""
+    status: int = 0
 
 
 class Sign(enum.StrEnum):
@@ -196,14 +230,25 @@ class Health(enum.StrEnum):
     DOWN = "down"
 
 
+class Ejection(enum.StrEnum):
+    """Whether real traffic is kept away from a node, or from one model on it."""
+
+    CLOSED = "closed"  # it is not
+    OPEN = "open"
+    TRIAL = "trial"  # but for one lease, which decides
+
+
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """A node's health changed; `reason` says why, for the log."""
+    """A node's health changed, or a breaker of its; `reason` says why, for the log. `model` is set
+    where it is about one model on the node, `retry_s` is the time to the next trial."""
 
     node: str
-    was: Health
-    now: Health
+    was: Health | Ejection
+    now: Health | Ejection
     reason: str
+    model: str = ""
+    retry_s: float = 0.0
 
 
 class Reason(enum.StrEnum):
@@ -226,6 +271,9 @@ class Refusal(enum.StrEnum):
     NO_MODEL = "no-model"
     NODES_DOWN = "nodes-down"
     ALL_TRIED = "all-tried"
+    DRAINED = "drained"  # all that could be asked get no new leases
+    BUSY = "busy"  # all that could be asked have said that they take no more for now
+    BUDGET = "retry-budget"  # too much is being tried again already
     OUT_OF_SCOPE = "out-of-scope"  # the model's name pins a node that the path leaves out
     NOT_PLACED = "not-placed"  # no node may have the model
     UNMARKED = "unmarked"  # no node is primary, or may be asked for the cloud
@@ -235,17 +283,33 @@ class Refusal(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """No lease. `nodes` are those that the refusal is about, with their names and addresses;
-    `versions` are theirs, where those are the reason."""
+    `versions` are theirs, where those are the reason. `until`: when it may be worth asking again
+    (monotonic seconds), where that is known."""
 
     refusal: Refusal
     nodes: tuple[NodeSpec, ...] = ()
     versions: tuple[str, ...] = ()
+    until: float | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How an attempt ended: `failure` None means that the node answered, whatever it said."""
+    """How an attempt ended: `failure` None means that the node answered as it should, or that
+    nothing can be told, as the client left before (`told` is False)."""
 
     failure: Failure | None = None
+    told: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ejected:
+    """What is kept away from, of a node: all of it, or one `model`. `until` is monotonic: the next
+    request after that is the trial. `busy`: it said that it takes no more, which is no failure."""
+
+    reason: str
+    until: float
+    model: str = ""
+    trial: bool = False
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +323,8 @@ class NodeView:
     detail: str
     suspect: bool
     leaving: bool
+    draining: bool
+    ejected: tuple[Ejected, ...]
     in_flight: int
     version: str
     present: Mapping[str, Model]

@@ -14,8 +14,8 @@ import msgspec
 _SMALL_BYTES = 64 * 1024
 _TAIL_BYTES = 2048
 _COUNT = re.compile(
-    rb'"(prompt_eval_count|eval_count|load_duration|eval_duration|prompt_tokens|completion_tokens'
-    rb'|input_tokens|output_tokens)":\s*([0-9]{1,18})\b'
+    rb'"(prompt_eval_count|eval_count|load_duration|eval_duration|prompt_eval_duration'
+    rb'|prompt_tokens|completion_tokens|input_tokens|output_tokens)":\s*([0-9]{1,18})\b'
 )
 _PROMPT = (b"prompt_eval_count", b"prompt_tokens", b"input_tokens")
 _COMPLETION = (b"eval_count", b"completion_tokens", b"output_tokens")
@@ -38,6 +38,7 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int | None = None
     load_s: float | None = None
     eval_s: float | None = None
+    prompt_s: float | None = None  # prefill of what was not cached
     source: Source = _NODE
 
 
@@ -57,6 +58,7 @@ class _Record(msgspec.Struct):
     eval_count: _Number = None
     load_duration: _Number = None
     eval_duration: _Number = None
+    prompt_eval_duration: _Number = None
     usage: _Tokens | None = None
 
 
@@ -167,6 +169,7 @@ def _of(record: _Record) -> Usage:
             record.eval_count,
             None if record.load_duration is None else record.load_duration / 1e9,
             None if record.eval_duration is None else record.eval_duration / 1e9,
+            None if record.prompt_eval_duration is None else record.prompt_eval_duration / 1e9,
         )
     return _of_tokens(tokens)
 
@@ -188,6 +191,7 @@ def _searched(records: bytes) -> Usage:
         completion_tokens=_first(found, _COMPLETION),
         load_s=_seconds(found, b"load_duration"),
         eval_s=_seconds(found, b"eval_duration"),
+        prompt_s=_seconds(found, b"prompt_eval_duration"),
     )
 
 

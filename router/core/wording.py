@@ -16,6 +16,9 @@ _REFUSALS: Mapping[Refusal, tuple[int, str]] = {
     Refusal.NO_MODEL: (404, "{missing}"),
     Refusal.NODES_DOWN: (503, "no node is up for {what}: {nodes}"),
     Refusal.ALL_TRIED: (503, "cannot connect to any node that has {what}: {nodes}"),
+    Refusal.DRAINED: (503, "{drained}"),
+    Refusal.BUSY: (503, "all nodes with {what} are busy: {nodes}"),
+    Refusal.BUDGET: (503, "too many requests are being tried again, this one is not"),
     Refusal.OUT_OF_SCOPE: (400, "the path leaves out the node that the model's name pins: {nodes}"),
     Refusal.NOT_PLACED: (400, "no node may have {what}: placement or models bar it from {nodes}"),
     Refusal.UNMARKED: (400, "{unmarked} {nodes}"),
@@ -23,20 +26,24 @@ _REFUSALS: Mapping[Refusal, tuple[int, str]] = {
 }
 _NO_PRIMARY = "no node is marked primary: set it on one of"
 _NO_CLOUD = "no node may be asked for the cloud: it is not set on"
+_DRAINED = "node {nodes} is being drained, it takes no new requests"
+_ALL_DRAINED = "nodes {nodes} are being drained, they take no new requests"
 
 
 def refusal(route: Route, model: str, rejected: Rejected) -> tuple[int, str]:
     """(status, text) for a request that gets no node; `model` without its pin."""
     status, text = _REFUSALS[rejected.refusal]
     nodes = rejected.nodes
+    listed = ", ".join(node.name for node in nodes)
     versions = zip(nodes, rejected.versions, strict=False)
     name = _shown(model) if rejected.refusal is Refusal.NO_MODEL else ""
     return status, text.format(
         model=model,
         what=f"model '{model}'" if model else "any model",
         missing=route.missing.format(name=model, key=name),
-        nodes=", ".join(node.name for node in nodes),
+        nodes=listed,
         listed=_listed(nodes),
+        drained=(_DRAINED if len(nodes) == 1 else _ALL_DRAINED).format(nodes=listed),
         url=nodes[0].url if nodes else "",
         unmarked=_NO_PRIMARY if route.need is Need.PRIMARY else _NO_CLOUD,
         path=route.path,

@@ -1,12 +1,14 @@
 """The paths under /sim/, by which another process commands a simulated node.
 
-GET /sim/state tells what the node does; POST /sim/fault adds one fault (the fields of `Fault` as a
-JSON object), DELETE takes all away and releases what hangs; POST /sim/release only releases;
-POST /sim/refuse {"for_s": seconds} closes the listening socket for that long.
+GET /sim/state tells what the node does; GET /sim/seen tells all requests that it remembers, with
+the time of each arrival (monotonic: the same clock in all processes of a machine). POST /sim/fault
+adds one fault (the fields of `Fault` as a JSON object), DELETE takes all away and releases what
+hangs; POST /sim/release only releases; POST /sim/refuse {"for_s": seconds} closes the listening
+socket for that long.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -23,6 +25,7 @@ class Control:
 
     faults: Faults
     state: Callable[[], Mapping[str, object]]
+    seen: Callable[[], Sequence[Mapping[str, object]]]
     release: Callable[[], None]
     refuse_for: Callable[[float, web.Request], Awaitable[None]]
 
@@ -36,8 +39,9 @@ class Control:
     async def _serve(self, request: web.Request, body: str) -> web.Response:
         match request.method, request.path:
             case "GET", "/sim/state":
-                data = gojson.dumps(self.state())
-                return web.Response(body=data, content_type="application/json")
+                return _json(self.state())
+            case "GET", "/sim/seen":
+                return _json(self.seen())
             case "POST", "/sim/fault":
                 self.faults.add(faults.from_json(_object(body)))
             case "DELETE", "/sim/fault":
@@ -50,6 +54,10 @@ class Control:
             case _:
                 return web.Response(status=404, text="no such command")
         return web.Response(status=204)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=gojson.dumps(value), content_type="application/json")
 
 
 def _object(body: str) -> dict[str, object]:

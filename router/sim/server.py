@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -108,7 +108,7 @@ class SimNode:
             self.spec, self._shelf, driver, remote, self._account, self._changed
         )
         app = web.Application()
-        control = Control(self.faults, self._state, self.release, self._refuse_for)
+        control = Control(self.faults, self._state, self._arrivals, self.release, self._refuse_for)
         app.router.add_route("*", PREFIX + "{tail:.*}", control.serve)
         app.router.add_route("*", "/{tail:.*}", self._handle, expect_handler=_say_nothing)
         app.on_response_prepare.append(_drop_headers)
@@ -258,6 +258,12 @@ class SimNode:
                 for one in list(self.seen)[-100:]
             ],
         }
+
+    def _arrivals(self) -> Sequence[Mapping[str, object]]:
+        return [
+            {"method": one.method, "path": one.raw_path, "outcome": one.outcome, "at": one.started}
+            for one in self.seen
+        ]
 
 
 def _local(target: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
+from router.core.breaker import Ground, Roll
 from router.core.node import Node
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
@@ -14,11 +15,14 @@ from router.core.types import (
     Placement,
     PoolSpec,
     Rejected,
+    Resilience,
     Sign,
     Topology,
 )
 
 _PORTS = {"http": 80, "https": 443}
+# Fewer retries than by default, so that tables are short.
+RULES = Resilience(budget_least=5)
 
 
 def spec(
@@ -86,6 +90,7 @@ def topology(
     digest: Digest = Digest.ANY,
     up_after: int = 2,
     down_after: int = 3,
+    rules: Resilience = RULES,
 ) -> Topology:
     return Topology(
         pools=tuple(PoolSpec(f"pool-{i}", tuple(nodes)) for i, nodes in enumerate(pools)),
@@ -94,14 +99,25 @@ def topology(
         digest=digest,
         up_after=up_after,
         down_after=down_after,
+        resilience=rules,
     )
 
 
+def half() -> float:
+    """A throw of the dice that leaves every time as it is."""
+    return 0.5
+
+
+def ground(rules: Resilience = RULES, roll: Roll = half) -> Ground:
+    return Ground(rules, roll)
+
+
 def ready(
-    topology: Topology, present: Mapping[str, Iterable[str]], down: Iterable[str] = ()
-) -> Pool:
+    topology: Topology, present: Mapping[str, Iterable[str]], down: Iterable[str] = (),
+    roll: Roll = half,
+) -> Pool:  # fmt: skip
     """A pool after its first probe round: what each node has by the node's name."""
-    pool = Pool(topology, now=0.0)
+    pool = Pool(topology, 0.0, roll)
     for spec in pool.specs():
         sign = Sign.BAD if spec.name in down else Sign.GOOD
         pool.observe(spec.url, seen(*present.get(spec.name, ()), sign=sign), now=0.0)
@@ -114,16 +130,16 @@ def attempt(pool: Pool, text: str, tried: Iterable[str] = ()) -> Attempt:
     return Attempt(target, frozenset(tried))
 
 
-def ask(pool: Pool, text: str, tried: Iterable[str] = ()) -> Lease | Rejected:
+def ask(pool: Pool, text: str, tried: Iterable[str] = (), now: float = 0.0) -> Lease | Rejected:
     """What a client that names this model meets."""
     target = pool.resolve(text)
-    return (
-        target if isinstance(target, Rejected) else pool.submit(Attempt(target, frozenset(tried)))
-    )
+    if isinstance(target, Rejected):
+        return target
+    return pool.submit(Attempt(target, frozenset(tried)), now)
 
 
-def lease(pool: Pool, text: str, tried: Iterable[str] = ()) -> Lease:
-    verdict = ask(pool, text, tried)
+def lease(pool: Pool, text: str, tried: Iterable[str] = (), now: float = 0.0) -> Lease:
+    verdict = ask(pool, text, tried, now)
     assert isinstance(verdict, Lease), verdict
     return verdict
 

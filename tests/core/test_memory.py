@@ -38,7 +38,7 @@ def test_a_node_is_unseen_from_the_beginning_of_a_request_and_again_from_its_end
     pool = pool_of_three()
     assert unseen(pool) == []
     wanted = attempt(pool, f"{M}@a")
-    pool.submit(wanted)
+    pool.submit(wanted, now=0.0)
     assert unseen(pool) == ["a"]
     looked(pool)
     assert unseen(pool) == []
@@ -52,9 +52,9 @@ def test_a_node_is_unseen_from_the_beginning_of_a_request_and_again_from_its_end
 
 def test_what_happens_during_a_look_is_not_seen_by_it() -> None:
     pool = pool_of_three()
-    pool.submit(attempt(pool, f"{M}@a"))
+    pool.submit(attempt(pool, f"{M}@a"), now=0.0)
     ((node, used),) = pool.unseen(None)
-    pool.submit(attempt(pool, f"{M}@a"))
+    pool.submit(attempt(pool, f"{M}@a"), now=0.0)
     pool.saw(node.url, used)
     assert unseen(pool) == ["a"]
 
@@ -65,7 +65,7 @@ def test_the_model_may_be_where_it_was_listed_and_where_it_was_used_since() -> N
     pool.observe("http://b:11434", seen(M, resident=[M]), 1.0)
     assert holding(pool) == ["b"]
     assert unseen(pool) == ["b"], "asking is to free it"
-    pool.submit(attempt(pool, f"{M}@a"))
+    pool.submit(attempt(pool, f"{M}@a"), now=0.0)
     assert holding(pool) == ["a", "b"]
     assert holding(pool, f"{M}@b") == ["b"]
     assert holding(pool, f"{M}@nowhere") == []

@@ -6,7 +6,7 @@ import pytest
 
 from router.core.names import parse
 from router.core.node import TRANSITIONS, Node
-from router.core.types import Flip, Health, NodeSpec, Sign
+from router.core.types import Health, NodeSpec, Sign
 from tests.core import build
 from tests.core.build import felt, models, seen, spec
 
@@ -79,12 +79,9 @@ def test_nothing_leads_back_to_unknown() -> None:
 
 def test_a_flip_is_told_once_and_dated() -> None:
     node = Node(spec("n"), "default", now=1.0)
-    node.detail = "answered"
-    was, _ = node.feel(Sign.GOOD, 2, 3, now=5.0)
-    assert node.flip(was) == Flip("n", Health.UNKNOWN, Health.UP, "answered")
+    assert node.feel(Sign.GOOD, 2, 3, now=5.0) == (Health.UNKNOWN, Health.UP)
     assert node.since == 5.0
-    was, _ = node.feel(Sign.GOOD, 2, 3, now=9.0)
-    assert node.flip(was) is None
+    assert node.feel(Sign.GOOD, 2, 3, now=9.0) == (Health.UP, Health.UP)
     assert node.since == 5.0
 
 
@@ -105,7 +102,7 @@ def test_load_is_in_flight_for_the_nodes_size(
     in_flight: int, slots: int, weight: float, load: float
 ) -> None:
     node = build.node(spec("n", slots=slots, weight=weight), in_flight=in_flight)
-    assert node.load == load
+    assert node.load(now=0.0, slow_start_s=30.0) == load
 
 
 KEYS = ("llama3:8b", "llama3:70b", "llama3.1:latest", "phi:latest", "me/llama3:8b", "hf.co/a/b:q4")

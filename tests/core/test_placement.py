@@ -151,12 +151,12 @@ def test_what_a_path_leaves(text: str, where: str, expected: str) -> None:
 def test_a_lease_stays_in_its_scope_through_every_try() -> None:
     pool = two_pools()
     wanted = known(target(pool, "a", "pool-0"))
-    first = pool.submit(Attempt(wanted))
+    first = pool.submit(Attempt(wanted), now=0.0)
     assert isinstance(first, Lease)
-    second = pool.submit(Attempt(wanted, {first.node.url}))
+    second = pool.submit(Attempt(wanted, {first.node.url}), now=0.0)
     assert isinstance(second, Lease)
     assert {first.node.name, second.node.name} == {"one", "two"}
-    last = pool.submit(Attempt(wanted, {first.node.url, second.node.url}))
+    last = pool.submit(Attempt(wanted, {first.node.url, second.node.url}), now=0.0)
     assert told(last if isinstance(last, Rejected) else []) == "all-tried: one two"
 
 
@@ -236,7 +236,7 @@ def test_preferred_nodes_come_first_and_the_others_after_them() -> None:
     assert eligible(placed(place, down=["three"]), "a") == "one two"
     pool = placed(place)
     wanted = known(target(pool, "a"))
-    tried = pool.submit(Attempt(wanted, {"http://three:11434"}))
+    tried = pool.submit(Attempt(wanted, {"http://three:11434"}), now=0.0)
     assert isinstance(tried, Lease)
     assert tried.node.name in ("one", "two")
 
@@ -404,7 +404,7 @@ def test_only_nodes_that_know_the_endpoint_are_asked(
 def test_where_all_that_have_the_model_are_too_old_their_versions_are_told() -> None:
     pool = aged(one="0.12.0", two="0.13.5-rc1", three="0.14.0")
     pool.observe("http://three:11434", seen("b:latest"), now=0.0)
-    verdict = pool.submit(Attempt(known(target(pool, "a", since=(0, 14, 0)))))
+    verdict = pool.submit(Attempt(known(target(pool, "a", since=(0, 14, 0)))), now=0.0)
     assert isinstance(verdict, Rejected)
     assert told(verdict) == "too-old: one two"
     assert verdict.versions == ("0.12.0", "0.13.5-rc1")

@@ -13,13 +13,14 @@ RECORDS: dict[str, tuple[bytes, Usage]] = {
             b'"load_duration":2500000000,"prompt_eval_count":26,"prompt_eval_duration":1,'
             b'"eval_count":298,"eval_duration":4000000000}\n'
         ),
-        Usage(26, 298, 2.5, 4.0),
+        Usage(26, 298, 2.5, 4.0, 1e-9),
     ),
     "generate with a long context": (
         b'{"done":true,"context":['
         + b"1," * 200_000
-        + b'1],"load_duration":0,"prompt_eval_count":1,"eval_count":2,"eval_duration":3}\n',
-        Usage(1, 2, 0.0, 3e-9),
+        + b'1],"load_duration":0,"prompt_eval_count":1,"prompt_eval_duration":4,"eval_count":2,'
+        + b'"eval_duration":3}\n',
+        Usage(1, 2, 0.0, 3e-9, 4e-9),
     ),
     "embed": (b'{"embeddings":[[0.1]],"prompt_eval_count":5}', Usage(prompt_tokens=5)),
     "openai": (
@@ -83,6 +84,10 @@ RECORDS: dict[str, tuple[bytes, Usage]] = {
     "null": (b'"usage":null', Usage()),
     "text that looks like a count": (b'{"content":"\\"eval_count\\":5"}', Usage()),
     "another field's ending": (b'{"my_eval_count":5}', Usage()),
+    "the prompt's duration alone": (
+        b'x"prompt_eval_duration":7000000000}',
+        Usage(prompt_s=7.0),
+    ),
     "too long a number": (b'{"eval_count":' + b"9" * 40 + b"}", Usage()),
 }
 

@@ -272,6 +272,8 @@ async def test_faults_over_http(node: SimNode, control: ClientSession, web: Clie
         state = await response.json()
     assert (state["faults"], state["in_flight"], state["peak_in_flight"]) == (["status"], 0, 1)
     assert state["seen"] == [{"method": "POST", "path": "/api/chat", "outcome": "error"}]
+    async with control.get("/sim/seen") as response:
+        assert await response.json() == [{**state["seen"][0], "at": node.seen[0].started}]
     async with control.delete("/sim/fault") as response:
         assert response.status == 204
     assert await status(web) == 200

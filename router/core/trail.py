@@ -1,0 +1,59 @@
+"""One request's way over the nodes: what it has met there, and what may follow."""
+
+from router.core import retry
+from router.core.policy import Target
+from router.core.pool import Attempt
+from router.core.retry import Verdict
+from router.core.types import Failure, FailureKind, NodeSpec, Outcome, Resilience
+
+_BUSY, _ANSWERED, _MISSING = FailureKind.BUSY, FailureKind.ANSWERED, FailureKind.MISSING
+
+
+class Trail:
+    """The attempts of one request. `changes`: it changes something outside the nodes.
+
+    `met` is all that has failed, in order; `tried` the nodes that have since the client saw a
+    record, by their urls.
+    """
+
+    __slots__ = ("_answered", "_changes", "_target", "digest", "met", "tried")
+
+    def __init__(self, target: Target, *, changes: bool = False) -> None:
+        self.digest = ""  # of the model, once another node has to go on with its answer
+        self.met: list[tuple[NodeSpec, Failure]] = []
+        self.tried: set[str] = set()
+        self._target = target
+        self._changes = changes
+        self._answered = ""
+
+    def attempt(self) -> Attempt:
+        """The next one."""
+        return Attempt(self._target, frozenset(self.tried), self.digest, self._answered)
+
+    def failed(self, node: NodeSpec, failure: Failure, rules: Resilience) -> Verdict:
+        """An attempt on this node has failed.
+
+        A node that is full is not counted, and costs no budget: the pool itself keeps requests
+        away from it.
+        """
+        self.met.append((node, failure))
+        self._answered = node.url if failure.kind in (_ANSWERED, _MISSING) else ""
+        if failure.kind is not _BUSY:
+            self.tried.add(node.url)
+        left = rules.other_nodes + 1 - len(self.tried)
+        return retry.decide(failure, changes=self._changes, left=left)
+
+    def went_on(self) -> None:
+        """The client has seen another record: so many other nodes may be asked once more."""
+        self.tried.clear()
+
+    def outcome(self, failure: Failure) -> Outcome:
+        """What a failure says of the node. A request that one node has failed to answer tells
+        nothing of the next one that fails the same way: it may be the request."""
+        again = failure.kind is _ANSWERED and any(f.kind is _ANSWERED for _, f in self.met)
+        return Outcome(None, told=False) if again else Outcome(failure)
+
+    @property
+    def busy(self) -> bool:
+        """The last node had no room."""
+        return bool(self.met) and self.met[-1][1].kind is _BUSY
