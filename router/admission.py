@@ -32,6 +32,9 @@ _PLEAS = {
 }
 
 
+_ALONE_TOO_LARGE = "request body too large: it alone is over limits.max_buffered_bytes"
+
+
 class Overload(ClientError):
     """A request is refused although it is good: the same one may be taken a second later."""
 
@@ -79,6 +82,8 @@ class Rooms:
 class Memory(Protocol):
     """What all requests together hold in memory, in bytes: `keep.Keep` is one."""
 
+    limit_bytes: int
+
     @property
     def full(self) -> bool: ...
 
@@ -100,6 +105,8 @@ class Held:
         """Hold more. Raises Overload where that is too much."""
         self._memory.hold(size)
         self.bytes += size
+        if self.bytes > self._memory.limit_bytes:  # no later try would do better
+            raise ClientError(413, _ALONE_TOO_LARGE, last=True)
         if self._memory.full:
             raise Overload(Cause.BUFFERED)
 

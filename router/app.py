@@ -271,6 +271,7 @@ class App:
         self.pool.reconfigure(config.topology, self._gate.clock())
         for url in before - {spec.url for spec in self.pool.specs()}:
             self._upstream.forget(url)
+        self._means.dispatch.stir()
         self._upstream.connect_s = config.timeouts.connect_s
         self._server.reconfigure(
             max_header_bytes=config.limits.max_header_bytes,
@@ -333,6 +334,8 @@ class App:
 
     def _flipped(self, flip: Flip) -> None:
         self._doubt(flip)
+        if flip.now in (Health.UP, Ejection.CLOSED):
+            self._means.dispatch.stir()
         if isinstance(flip.now, Ejection):
             self.metrics.breaker(flip)
             _tell_breaker(self.log, flip)
@@ -346,6 +349,7 @@ class App:
     def _drained(self, node: NodeView) -> None:
         event = "node drained" if node.draining else "node undrained"
         self.log.info(event, node=node.spec.name, in_flight=node.in_flight)
+        self._means.dispatch.stir()
 
     def _seen(self) -> None:
         """Tell of each name that has come to stand for several digests."""

@@ -14,6 +14,7 @@ from router.errors import UpstreamError
 Clock = Callable[[], float]
 _ENDED, _UNTOLD = Outcome(), Outcome(told=False)
 _WAITING_MAX = 2048
+_ALIKE_MAX = 1024  # for one model, so that others can wait too
 
 
 class Refused(Exception):
@@ -54,7 +55,8 @@ class Dispatch:
     async def room(self, key: str, until: float, deadline: float) -> bool:
         """Wait until a full node may have room for a model; says whether it is worth asking."""
         now = self.clock()
-        if now >= deadline or self.waiting >= _WAITING_MAX:
+        many = len(self._waiters.get(key, ())) >= _ALIKE_MAX
+        if now >= deadline or self.waiting >= _WAITING_MAX or many:
             return False
         waiter = asyncio.get_running_loop().create_future()
         queue = self._waiters.setdefault(key, deque())
@@ -82,6 +84,13 @@ class Dispatch:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+    def stir(self) -> None:
+        """There may be other nodes to ask: all that wait look again."""
+        for queue in self._waiters.values():
+            for waiter in queue:
+                if not waiter.done():
+                    waiter.set_result(None)
 
 
 class Held:

@@ -12,11 +12,13 @@ class ConfigError(Exception):
 
 
 class UpstreamError(Exception):
-    """An exchange with a node failed; its text may be told to the client."""
+    """An exchange with a node failed; its text may be told to the client. `logged` may stand in a
+    log: it has no words of the node's, which may be those of a prompt."""
 
-    def __init__(self, failure: Failure, told: str = "") -> None:
+    def __init__(self, failure: Failure, told: str = "", logged: str = "") -> None:
         super().__init__(told or failure.detail or failure.kind.value)
         self.failure = failure
+        self.logged = logged or failure.detail or failure.kind.value
 
 
 class ClientError(Exception):

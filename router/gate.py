@@ -117,7 +117,7 @@ class Gate:
             answer = self._refused(report, route, refused)
         except UpstreamError as error:
             answer = self._refuse(report, route, retry.status(error.failure), str(error))
-            report.ending = Ending.FAILED
+            report.ending, report.error = Ending.FAILED, error.logged
         else:
             self._sign(answer, report)
         answer.headers.update(allowed or {})

@@ -28,11 +28,6 @@ class Kept:
         """All of it."""
         return b"".join(self._pieces)
 
-    @property
-    def last(self) -> bytes:
-        """The piece that was added last."""
-        return self._pieces[-1] if self._pieces else b""
-
     def weigh(self) -> bool:
         """Count the pieces that came since the last time; says whether more are wanted."""
         if self._open:

@@ -1,6 +1,8 @@
 """One request's way to its answer: attempts on one node after the other, and what is told where
 none gives it."""
 
+import asyncio
+import contextlib
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +35,8 @@ from router.wire import Bytes
 
 _ENCODING = frozenset((b"content-encoding",))
 _PRIMARY = Need.PRIMARY  # a look-up in the module is a third of the price of one in the enum
-_SAID_BYTES = 64 * 1024
+_SAID_BYTES = 64 * 1024  # an error's text is not longer, and does not take longer
+_SAID_S = 1.0
 _WORDS = 300
 _CONTINUED_MAX = 10  # an answer that kills each node that gives it is not tried for ever
 _ANY_TIME_S = 0.01  # an attempt with less of it left is none
@@ -159,16 +162,22 @@ class Passage(msgspec.Struct, eq=False):
         """Take in what a node says of a failure, unless that is no error's text. Raises
         UpstreamError, if another node may do better."""
         status = exchange.status
-        had_model = self.target.known and status == 404 and _is_json(exchange.headers)
+        had_model = (
+            status == 404
+            and _is_json(exchange.headers)
+            and self.means.pool.believed(node.url, self.target)
+        )
         kind = retry.judge(status, had_model=had_model)
         if kind is None or self.asked.route.need is _PRIMARY:
             return
         body = bytearray()
-        while len(body) <= _SAID_BYTES and (piece := await exchange.read()):
-            body += piece
-        if len(body) <= _SAID_BYTES:
-            said = Said(status, exchange.reason, exchange.headers, bytes(body))
-            self.said[node.url] = said
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SAID_S):
+                while len(body) <= _SAID_BYTES and (piece := await exchange.read()):
+                    body += piece
+                if len(body) <= _SAID_BYTES:
+                    said = Said(status, exchange.reason, exchange.headers, bytes(body))
+                    self.said[node.url] = said
         raise UpstreamError(
             Failure(kind, sent=True, received=True, detail=f"status {status}", status=status)
         )
@@ -216,13 +225,15 @@ class Passage(msgspec.Struct, eq=False):
             changes = self.asked.route.need is _PRIMARY
             trail = self.trail = Trail(self.target, changes=changes)
         self._went_on(trail)
-        if failure.kind is _ANSWERED and not failure.status:
-            assert self.relay is not None  # which held back what the node said
-            erred = Said(500, b"Internal Server Error", (_JSON,), self.relay.erred)
-            self.said[node.url] = erred
+        erred = b"" if self.relay is None else self.relay.erred  # held back
+        if failure.kind is _ANSWERED and not failure.status and erred:
+            self.said[node.url] = Said(500, b"Internal Server Error", (_JSON,), erred)
         elif not failure.status:
             self.said.pop(node.url, None)  # a full node may have said something before
         outcome = trail.outcome(failure)
+        excused = trail.excused(failure)
+        if excused is not None:
+            self.means.pool.forgive(excused.url, self.target)
         self.verdict = trail.failed(node, failure, self.means.settings.resilience)
         return outcome
 
@@ -269,13 +280,14 @@ class Passage(msgspec.Struct, eq=False):
         if first is not None and all(one is not None and first.same(one) for one in said):
             return self._pass_on(first)
         failure = retry.telling(failure for _, failure in met.values())
-        raise UpstreamError(failure, "; ".join(self._told(*one) for one in met.values()))
+        told = "; ".join(self._told(*one) for one in met.values())
+        raise UpstreamError(failure, told, "; ".join(_logged(*one) for one in met.values()))
 
     def _told(self, node: NodeSpec, failure: Failure) -> str:
         """What the client is told: which node, and what happened."""
         said = self.said.get(node.url)
         words = "" if said is None else _error_text(said.body)
-        return f"node {node.name}: {words or failure.detail or failure.kind.value}"
+        return f"node {node.name}: {words}" if words else _logged(node, failure)
 
     def _pass_on(self, said: Said) -> Reply:
         report = self.report
@@ -333,7 +345,13 @@ class Passage(msgspec.Struct, eq=False):
         if result is not None:
             self.report.continuations += (result,)
         node, failure = trail.met[-1]
-        return await relay.break_off(failure, self._told(node, failure))
+        told = self._told(node, failure)
+        return await relay.break_off(failure, told, _logged(node, failure))
+
+
+def _logged(node: NodeSpec, failure: Failure) -> str:
+    """Which node, and what happened, without words of its own."""
+    return f"node {node.name}: {failure.detail or failure.kind.value}"
 
 
 def _is_json(headers: Sequence[Header]) -> bool:

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from router.core import names, wording
 from router.core.dialect import VIA
@@ -24,6 +25,7 @@ from router.upstream import Exchange, Upstream, request_head
 _MAX_ANSWER_BYTES = 8 << 20
 _MAX_ENTRY_BYTES = 64 << 10
 _VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,3}[-+.\w]{0,40}", re.ASCII)
+_HURRY_S = 0.5  # between probes that requests ask for, which they may as often as clients like
 _PATHS = {"version": "/api/version", "tags": "/api/tags", "ps": "/api/ps"}
 
 
@@ -92,10 +94,11 @@ class Prober:
     def _stop(self, urls: Iterable[str]) -> None:
         for url in urls:
             self._tasks.pop(url)[1].cancel()
+            self._hurries.pop(url, None)
 
     async def _watch(self, spec: NodeSpec) -> None:
         due = dict.fromkeys(_PATHS, 0.0)
-        hurry = self._hurries[spec.url] = asyncio.Event()
+        hurry, hurried = self._hurries.setdefault(spec.url, asyncio.Event()), -inf
         while True:
             now = self.clock()
             hurry.clear()
@@ -115,6 +118,8 @@ class Prober:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, min(due.values()) - self.clock())):
                     await hurry.wait()
+                    await asyncio.sleep(hurried + _HURRY_S - self.clock())
+                    hurried = self.clock()
 
     def _up(self, spec: NodeSpec) -> bool:
         return not self.pool.suspect(spec.url)

@@ -24,8 +24,9 @@ _WHOLE = Framing.WHOLE
 _FRAMINGS = {b"application/x-ndjson": Framing.NDJSON, b"text/event-stream": Framing.SSE}
 _NOWHERE = b"\0"  # JSON has none
 _drop = deque[bytes](maxlen=0).append
-_UNWEIGHED = 63  # so many pieces are kept before they are counted
-_ERROR, _NO_MODEL = b'{"error"', b'"model":""'
+_UNWEIGHED = 63  # so many pieces are kept before they are counted, unless they are large
+_LARGE_BYTES = 64 * 1024  # comes in several pieces, so it goes by where these are put together
+_ERROR = b'{"error"'
 _SEAM_BYTES = 3  # an end of a record is four bytes at most
 _SEAM_PIECES = 3
 _RECORD_ENDS = {Framing.NDJSON: b"\n", Framing.SSE: b"\n\n"}
@@ -69,9 +70,9 @@ class Relay:
     `kept` takes what the client has seen, for whoever works out how to go on."""
 
     __slots__ = (
-        "_before", "_chunk", "_chunks", "_clock", "_erred", "_framing", "_head", "_keep", "_kept",
-        "_last",
-        "_limits", "_reason", "_record_end", "_reply", "_report", "_request", "_route",
+        "_before", "_chunk", "_chunks", "_clock", "_erred", "_framed", "_framing", "_head",
+        "_keep", "_kept", "_last", "_limits", "_reason", "_record_end", "_reply", "_report",
+        "_request", "_route",
         "_stitch", "_tail", "_tail_bytes", "_taken", "_told", "_torn", "_withholds",
     )  # fmt: skip
 
@@ -107,6 +108,7 @@ class Relay:
         self._keep = _drop if kept is None else kept.take
         self._stitch: Stitch | None = None
         self._erred = b""
+        self._framed = True
 
     @property
     def begun(self) -> bool:
@@ -137,6 +139,7 @@ class Relay:
         report.streamed = self._framing is not _WHOLE
         if self._framing not in _RECORD_ENDS:
             self._lose()
+        self._framed = length is not None or _is_chunked(exchange.headers)
         try:
             if self._framing is _WHOLE:
                 return await self._hold(exchange, length)
@@ -151,8 +154,7 @@ class Relay:
         _, framing, _ = read_head(exchange.headers)
         if exchange.status != 200 or framing is not self._framing:
             detail = f"answered {exchange.status} instead of going on"
-            failure = Failure(FailureKind.GARBAGE, sent=True, received=True, detail=detail)
-            raise UpstreamError(failure)
+            raise _failure(FailureKind.ASTRAY, detail)
         self._stitch = stitch
         self._withholds = self._withholds or bool(self._told)
         self._before = self._last = self._told = self._erred = b""
@@ -216,12 +218,10 @@ class Relay:
     async def _stream(self, exchange: Exchange) -> Reply:
         self._record_end = _RECORD_ENDS.get(self._framing, b"")
         await exchange.pump(self._take_records, self._drain)
-        if self._erred or self._lost_its_error():
-            raise UpstreamError(
-                Failure(
-                    FailureKind.ANSWERED, sent=True, received=True, detail="failed in the midst"
-                )
-            )
+        if self._erred:
+            raise _failure(FailureKind.ANSWERED, "failed in the midst")
+        if self._route.final and self._report.status == 200:
+            self._check_end()
         if self._reply is None:
             self._reply = self._make(None)
         if self._tail:
@@ -247,9 +247,11 @@ class Relay:
             if not data:
                 return True
         if self._stitch is not None and not self._torn:
-            data = self._stitch.feed(data)
-            if not data:
+            told = self._stitch.feed(data)
+            if not told:
+                self._before, self._last = b"", data  # it may be all that tells of a failure
                 return True
+            data = told
         if self._withholds and usage.USAGE in data:
             data = self._withhold(data)
             if not data:
@@ -261,9 +263,7 @@ class Relay:
         self._keep(data)
         if not self._chunks & _UNWEIGHED:
             self._weigh()
-        # A record of the answer's text, alone, tells nothing else.
-        if self._last:
-            self._before = self._last = b""
+        self._before, self._last = b"", data
         reply = self._reply
         return self._take(data) if reply is None else reply.push(data)
 
@@ -284,11 +284,19 @@ class Relay:
         if self._kept is not None and not self._kept.weigh():
             self._keep = _drop
 
-    def _lost_its_error(self) -> bool:
-        """Where a runner fails in the midst of an OpenAI stream, Ollama sends an empty chunk that
-        names no model, and ends."""
-        last = b"" if self._kept is None else self._kept.last
-        return self._framing is Framing.SSE and _NO_MODEL in last and not self.complete
+    def _check_end(self) -> None:
+        """Raises UpstreamError where a stream has ended that lacks its end, as far as can be told:
+        a model that repeats itself for ever is cut by Ollama without a last record."""
+        if self._framing is not Framing.SSE and self._framed:
+            return
+        last = b"".join((self._before, self._last, *self._tail))
+        if self._framing is Framing.SSE:
+            kind = dialect.broke(self._route, last)
+            if kind is not None:
+                raise _failure(kind, "ended before its last record")
+        elif not dialect.is_final(self._route, last):
+            # The end of a connection is all there is, be it a death or not.
+            raise _failure(FailureKind.RESET, "connection closed before the last record")
 
     def _withhold(self, data: bytes) -> bytes:
         """What the client gets of it. There is one event of counts, so it is looked for once."""
@@ -313,6 +321,8 @@ class Relay:
             cut = 0
         whole = b"".join((*self._tail, data[:cut] if cut else data))
         self._torn = not cut
+        if len(whole) > _LARGE_BYTES:
+            self._weigh()
         if self._torn:
             self._lose()
         self._tail.clear()
@@ -329,15 +339,16 @@ class Relay:
         assert self._reply is not None
         await self._reply.drain()
 
-    async def break_off(self, failure: Failure, message: str) -> Reply:
-        """End an answer that has begun. If its final record has been seen, it is complete."""
+    async def break_off(self, failure: Failure, message: str, logged: str) -> Reply:
+        """End an answer that has begun, with a message to the client, and one for the log. If its
+        final record has been seen, it is complete."""
         reply = self._reply
         assert reply is not None
         if self.complete:
             self._report.ending = Ending.OK
             return reply
         self._report.ending = Ending.BROKEN
-        self._report.error = message
+        self._report.error = logged
         if self._erred:
             reply.finish_with(self._erred)
             return reply
@@ -349,6 +360,14 @@ class Relay:
         record = wording.error_record(self._route, self._framing, status, message, new_request_id())
         reply.finish_with(record)
         return reply
+
+
+def _failure(kind: FailureKind, detail: str) -> UpstreamError:
+    return UpstreamError(Failure(kind, sent=True, received=True, detail=detail))
+
+
+def _is_chunked(headers: Sequence[Header]) -> bool:
+    return any(name.lower() == b"transfer-encoding" for name, _ in headers)
 
 
 def _whole_bytes(data: bytes, framing: Framing) -> int:

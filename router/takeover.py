@@ -28,6 +28,8 @@ from router.listeners import Listener
 State = Mapping[str, Any]
 _VERSION = 1
 _ANSWER_S = 10.0
+_QUESTION_S = 1.0
+_PREPARED_S = 60.0  # the other one starts, and looks at every node
 _PAUSE_S = 1.0
 _FDS_MAX = 253  # as many as Linux sends at once
 _LINE_MAX_BYTES = 8 << 20
@@ -251,7 +253,7 @@ class Handover:
         """Lead one process from its question to its service."""
         if _peer_uid(line.sock) not in (None, self.uid):
             raise PermissionError("a process of another user asked")
-        async with asyncio.timeout(_ANSWER_S):
+        async with asyncio.timeout(_QUESTION_S):
             asked = await line.receive()
         if not asked:
             return False  # it only looked whether anybody is here
@@ -262,7 +264,9 @@ class Handover:
         log.logger().info("takeover begins", to=pid)
         self.meeting.promised = True
         await self._send_sockets(line)
-        if not (await line.receive()).get("serving"):
+        async with asyncio.timeout(_PREPARED_S):
+            ready = await line.receive()
+        if not ready.get("serving"):
             raise ValueError(f"process {pid} ended before it served")
         await self.relieved(pid)
         with contextlib.suppress(OSError):  # it serves, even if it does not live to hear of this
@@ -318,7 +322,10 @@ def _encoded(message: State) -> bytes:
 
 def _decoded(data: bytes) -> State:
     """Raises ValueError for what is no message."""
-    return _mapping(json.loads(data))
+    try:
+        return _mapping(json.loads(data))
+    except RecursionError:
+        raise ValueError("this is no message of a takeover") from None
 
 
 def _mapping(value: object) -> State:

@@ -487,14 +487,34 @@ async def test_many_slow_clients_hold_no_more_than_the_limit_together() -> None:
         await until(lambda: memory.bytes == 0)
 
 
+_CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+_CHUNK = b"258\r\n" + b"x" * 600 + b"\r\n"
+
+
 async def test_a_body_in_chunks_is_counted_too() -> None:
     memory = Keep(1000)
-    async with serving(_reading(memory)) as (_, url), talk(url) as client:
-        await client.send(head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
-        await client.send(b"258\r\n" + b"x" * 600 + b"\r\n")
+    async with serving(_reading(memory)) as (_, url), talk(url) as first, talk(url) as client:
+        await first.send(_CHUNKED + _CHUNK)
         await until(lambda: memory.bytes == 600)
-        await client.send(b"258\r\n" + b"x" * 600 + b"\r\n")
+        await client.send(_CHUNKED + _CHUNK)
         assert says_later(await client.answer())
+        await client.send(b"0\r\n\r\n")
+        assert await ends_clean(client)
+        await first.send(b"0\r\n\r\n")
+        assert (await first.answer()).body == b"600"
+        await until(lambda: memory.bytes == 0)
+
+
+async def test_a_body_that_would_never_fit_is_not_told_to_try_again() -> None:
+    memory = Keep(1000)
+    async with serving(_reading(memory)) as (_, url), talk(url) as client:
+        await client.send(_CHUNKED + _CHUNK)
+        await until(lambda: memory.bytes == 600)
+        await client.send(_CHUNK)
+        answer = await client.answer()
+        assert answer.status == 413
+        assert "limits.max_buffered_bytes" in json.loads(answer.body)["error"]
+        assert answer.header("Retry-After") is None
         await client.send(b"0\r\n\r\n")
         assert await ends_clean(client)
         assert memory.bytes == 0

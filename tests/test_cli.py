@@ -213,15 +213,15 @@ async def test_nodes_says_who_is_drained_ejected_and_busy_in_a_hundred_columns(
     loaded = spec(model(), *many, warm=tuple(one.name for one in many))
     breaker = {"resets": 1, "answers": 1, "back_off_s": 3600, "back_off_max_s": 3600}
     async with rig(loaded, spec(), breaker={**breaker, "jitter": 0.0}) as r:
+        await command("drain", "n2", "--admin", r.admin)
         for fault in (Fault(FaultKind.STATUS, status=500), Fault(FaultKind.DIE)):
             r.nodes[0].fault = fault
-            async with r.chat(model=f"{MODEL}@n1") as answer:
+            async with r.chat() as answer:
                 await answer.read()
         r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
         waiting = asyncio.create_task(r.chat(model="some-model-1:70b@n1").__aenter__())
         await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 3)
         await command("drain", "n1", "--admin", r.admin)
-        await command("drain", "n2", "--admin", r.admin)
         capsys.readouterr()
         assert await nodes(r.admin) == 0
         waiting.cancel()

@@ -658,6 +658,35 @@ async def test_a_runner_that_fails_in_the_midst_is_left_as_well(path: str, after
         assert (await line(r)) == Told("ok", ["continued"], 2)
 
 
+@pytest.mark.parametrize("path", [CHAT, GENERATE, OPENAI])
+async def test_so_is_a_second_one(path: str) -> None:
+    expected = await uninterrupted(path, {})
+    async with rig(*nodes(3)) as r:
+        for node in r.nodes[:2]:
+            node.fault = Fault(K.ERROR, after=1)
+        found = records(await post(r.url, path, asked(path)))
+        assert text(found) == text(expected)
+        assert (await line(r)) == Told("ok", ["continued", "continued"], 3)
+
+
+async def test_the_silent_failure_of_a_pinned_stream_is_told() -> None:
+    async with rig(*nodes()) as r:
+        r.nodes[0].fault = Fault(K.ERROR, after=2)
+        _, why = told(await post(r.url, OPENAI, asked(OPENAI, model=f"{MODEL}@n1")))
+        assert why == "node n1: ended before its last record"
+        assert (await line(r)).outcome == "broken"
+
+
+@pytest.mark.parametrize("code", [400, 404, 422])
+async def test_a_node_that_cannot_go_on_is_not_to_blame(code: int) -> None:
+    async with rig(*nodes(3), breaker={"answers": 1, "resets": 2}) as r:
+        r.nodes[0].fault = dies(2)
+        r.nodes[1].fault = Fault(K.STATUS, status=code)
+        records(await post(r.url, CHAT, asked(CHAT)))
+        assert (await line(r)) == Told("ok", ["continued"], 3)
+        assert not any(view.ejected for view in r.app.pool.snapshot())
+
+
 @pytest.mark.parametrize("path", [CHAT, GENERATE])
 async def test_what_a_runner_said_is_passed_on_where_nobody_goes_on(path: str) -> None:
     async with rig(*nodes(1)) as r:

@@ -243,8 +243,9 @@ class Crowd:
         self.tasks = [
             self.group.create_task(self._ask(place, key, deadline)) for place in range(size)
         ]
+        before = self.books.dispatch.waiting
         await turns(3)
-        assert self.books.dispatch.waiting == size
+        assert self.books.dispatch.waiting == before + size
 
     @property
     def quiet(self) -> bool:
@@ -358,12 +359,31 @@ async def test_who_is_told_why_there_is_no_node_any_more_tells_the_others(books:
         assert [await waiting.went.get() for _ in range(5)] == [Refusal.DRAINED] * 5
 
 
-async def test_the_number_that_waits_is_bounded(books: Books) -> None:
+async def test_all_that_wait_look_again_when_there_may_be_other_nodes(books: Books) -> None:
     async with crowd(books) as waiting:
         await fill(books)
-        await waiting.come(2048)
+        await fill(books, OTHER)
+        await waiting.come(3)
+        books.dispatch.stir()
+        await turns()
+        assert (waiting.quiet, books.dispatch.waiting) == (True, 3)
+        books.pool.drain("n1", draining=True)
+        books.dispatch.stir()
+        books.dispatch.stir()
+        assert [await waiting.went.get() for _ in range(3)] == [Refusal.DRAINED] * 3
+
+
+async def test_the_number_that_waits_is_bounded_for_one_model_and_in_all(books: Books) -> None:
+    async with crowd(books) as waiting, crowd(books) as others:
+        for key in (KEY, OTHER):
+            await fill(books, key)
+        await waiting.come(1024)
         with pytest.raises(Refused, match=r"^busy$"):
             async with books.dispatch.lease(books.attempt(), inf):
                 pytest.fail("the block must not be entered")
+        assert books.dispatch.waiting == 1024
+        await others.come(3, OTHER)
+        for task in others.tasks:
+            task.cancel()
         for task in waiting.tasks:
             task.cancel()

@@ -128,13 +128,13 @@ async def test_a_death_inside_an_embedding_is_a_502(path: str, *, partial: bool)
         ("/api/chat", 3, "broken"),
         ("/api/generate", 3, "broken"),
         ("/v1/chat/completions", 4, "broken"),
-        ("/v1/completions", 3, "ok"),
-        ("/v1/messages", 2, "ok"),
-        ("/v1/responses", 2, "ok"),
+        ("/v1/completions", 4, "broken"),
+        ("/v1/messages", 3, "broken"),
+        ("/v1/responses", 3, "broken"),
     ],
 )
 async def test_an_error_record_of_the_node_is_its_own(path: str, count: int, ends: str) -> None:
-    """OpenAI's chunk that names no model says nothing: where nobody goes on, an error follows."""
+    """The streams of /v1 lose it: where nobody goes on, another error follows."""
     async with rig() as r:
         r.nodes[0].fault = Fault(K.ERROR, after=2, message="the runner fell over")
         answer = await ask(r, path)
@@ -152,8 +152,9 @@ async def test_a_clean_end_without_the_final_record_is_passed_on(path: str) -> N
         r.nodes[0].fault = Fault(K.END, after=3)
         answer = await ask(r, path)
         assert (answer.status, answer.whole) == (200, True)
-        assert len(records(path, answer.body)) == 3
-        assert await outcome(r) == "ok"
+        silent = path in {"/v1/messages", "/v1/responses"}  # it may have been a runner's failure
+        assert len(records(path, answer.body)) == 3 + silent
+        assert await outcome(r) == ("broken" if silent else "ok")
 
 
 @pytest.mark.parametrize("kind", [K.ERROR, K.END])

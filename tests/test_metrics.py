@@ -94,8 +94,9 @@ async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
         await r.look()
         await chat(r)
         r.app.metrics.requests.count(report(attempts=2), ended=20.0)
-        r.nodes[0].fault = Fault(FaultKind.STATUS, model="odd", times=1)
-        await chat(r, model="odd@n1")
+        for node in r.nodes:
+            node.fault = Fault(FaultKind.STATUS, model="odd", times=1)
+        await chat(r, model="odd")
         await r.look()
         families = {
             family.name: (
@@ -207,7 +208,7 @@ async def test_who_is_drained_and_ejected_is_a_gauge() -> None:
         r.app.pool.drain("n2", draining=True)
         assert await shown() == ({"n2"}, set(), set())
         r.nodes[0].fault = Fault(FaultKind.STATUS, status=500)
-        await chat(r, model=f"{MODEL}@n1")
+        await chat(r)
         assert await shown() == ({"n2"}, set(), {"n1"})
         r.nodes[0].fault = Fault(FaultKind.DIE)
         await chat(r, model=f"{MODEL}@n1")

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -251,6 +252,25 @@ async def test_other_intervals_hold_at_once() -> None:
         await r.nodes[0].until(lambda: len(r.nodes[0].calls("/api/version")) == 2)
         r.app.reconfigure(parsed({**r.settings, "probe": FAST}))
         await r.nodes[0].until(lambda: len(r.nodes[0].calls("/api/version")) > 9)
+
+
+async def test_a_request_may_ask_for_a_probe_at_once_but_not_for_any_number_of_them() -> None:
+    slow = dict.fromkeys(FAST, 1000)
+    async with rig(probe=slow) as r, running(r.app.prober):
+        node, prober = r.nodes[0], r.app.prober
+        await node.until(lambda: len(node.calls("/api/ps")) == 1)
+        await r.app.prober.looked.wait()
+        before, began = len(node.calls("/api/tags")), time.monotonic()
+        for _ in range(300):
+            prober.hurry(node.url, "tags")
+            prober.hurry("http://gone:11434", "tags")
+            await asyncio.sleep(0.002)
+        most = 2 + (time.monotonic() - began) / 0.5
+        assert 1 <= len(node.calls("/api/tags")) - before <= most
+        # none is forgotten
+        before = len(node.calls("/api/tags"))
+        prober.hurry(node.url, "tags")
+        await node.until(lambda: len(node.calls("/api/tags")) > before)
 
 
 async def test_a_node_that_is_not_up_is_asked_for_everything() -> None:

@@ -284,9 +284,49 @@ async def test_a_clean_end_without_a_final_record_is_passed_on_as_it_is(path: st
     kind, records, _ = SURFACES[path]
     async with front(says(head(kind), *map(chunk, records), END)) as (r, client):
         answer = await ask(client, path)
-        assert (answer.body, answer.whole) == (b"".join(records), True)
+        assert answer.whole
+        assert answer.body.startswith(b"".join(records))
+        rest = answer.body.removeprefix(b"".join(records))
+        assert bool(rest) is (path in {"/v1/messages", "/v1/responses"})
+        assert not rest or error_of(path, rest) == "node n1: ended before its last record"
         await r.until(lambda: r.requests != [])
-        assert r.requests[0]["outcome"] == "ok"
+        assert r.requests[0]["outcome"] == ("broken" if rest else "ok")
+
+
+@pytest.mark.parametrize("end", [b"", b"data: [DONE]", b"data: [DONE]\n", b"data: [DONE]\r\n\r\n"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_chunk_that_names_no_model_and_then_nothing_is_a_failure(
+    path: str, end: bytes
+) -> None:
+    lost = b'data: {"model":"","choices":[{"finish_reason":null}]}\n\n'
+    async with front(says(head(SSE), chunk(lost + end), END)) as (_, client):
+        answer = await ask(client, path)
+        assert answer.whole
+        rest = answer.body.removeprefix(lost + end)
+        assert bool(rest) is not bool(end)
+        assert not rest or error_of(path, rest) == "node n1: ended before its last record"
+
+
+@pytest.mark.parametrize(
+    "end", ["event: error", "event: response.failed", "event: response.incomplete"]
+)
+async def test_a_stream_that_ends_by_telling_of_its_failure_gets_no_second_one(end: str) -> None:
+    body = end.encode() + b"\ndata: {}\n\n"
+    async with front(says(head(SSE), chunk(body), END)) as (_, client):
+        answer = await ask(client, "/v1/responses")
+        assert (answer.body, answer.whole) == (body, True)
+
+
+@pytest.mark.parametrize("last", [b"", b'{"done":true}\n', b'{"done":true}'])
+async def test_lines_that_end_with_the_connection_need_their_last_one(last: bytes) -> None:
+    line = b'{"message":{"content":"a"},"done":false}\n'
+    plain = head(NDJSON).replace(b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n")
+    async with front(says(plain, line + last, die=True)) as (_, client):
+        answer = await ask(client)
+        assert answer.body.startswith(line + last)
+        rest = answer.body.removeprefix(line + last)
+        assert bool(rest) is not bool(last)
+        assert not rest or "connection closed before" in error_of("/api/chat", rest)
 
 
 @pytest.mark.parametrize("path", SURFACES)
@@ -799,7 +839,7 @@ async def nodes(*acts: Act, record_bytes: int = 10_000) -> AsyncIterator[tuple[T
             plan = continuation.plan(route, sent, made.kept.data, withholds=asks)
             if plan.ending:
                 return relay.end_with(plan.ending)
-        return await relay.break_off(made.failures[-1], "gone")
+        return await relay.break_off(made.failures[-1], "gone", "gone")
 
     upstream = Upstream(connect_s=5)
     async with AsyncExitStack() as stack:
@@ -903,7 +943,7 @@ async def test_what_is_no_such_stream_is_refused_before_any_of_it_is_shown(answe
         await client.post("/api/chat", ASKS)
         body = (await client.answer()).body
         assert body.startswith(LINES[0] + b'{"message":{"content":""},"done":true')
-        assert made.failures[1].kind is FailureKind.GARBAGE
+        assert made.failures[1].kind is FailureKind.ASTRAY
         assert re.fullmatch("answered [0-9]+ instead of going on", made.failures[1].detail)
 
 

@@ -225,7 +225,15 @@ async def test_who_only_looks_whether_somebody_is_there_disturbs_nothing(place: 
 
 @pytest.mark.parametrize(
     "said",
-    [b"\n", b"[]\n", b"\xff\n", b'{"version": 2, "pid": 1}\n', b'{"version": 1}\n', b"{" * 9000],
+    [
+        b"\n",
+        b"[]\n",
+        b"\xff\n",
+        b'{"version": 2, "pid": 1}\n',
+        b'{"version": 1}\n',
+        b"{" * 9000,
+        b"[" * 100_000 + b"\n",
+    ],
 )
 async def test_who_says_anything_else_gets_no_socket(place: Path, said: bytes) -> None:
     async with old(place) as it:
@@ -238,6 +246,27 @@ async def test_who_says_anything_else_gets_no_socket(place: Path, said: bytes) -
         before = await it.ask()
         await before.relieve()
         close(before)
+
+
+@pytest.mark.parametrize("limit", ["_QUESTION_S", "_PREPARED_S"])
+async def test_who_says_nothing_more_does_not_keep_others_from_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(takeover, limit, 0.05)
+    async with old(place) as it:
+        if limit == "_QUESTION_S":
+            _, silent = await asyncio.open_unix_connection(it.meeting.path)
+        else:
+            first = await it.ask()
+        before = await it.ask()
+        await before.relieve()
+        assert it.relieved_by == [os.getpid()]
+        close(before)
+        if limit == "_QUESTION_S":
+            silent.close()
+        else:
+            close(first)
+            first._line.close()
 
 
 async def test_another_user_gets_no_socket(place: Path) -> None:

@@ -50,17 +50,28 @@ class Ground:
 class BackOff:
     """How long to keep away: twice as long each time, until it is told to forget."""
 
-    __slots__ = ("times", "until")
+    __slots__ = ("times", "until", "wait_s")
 
     def __init__(self) -> None:
         self.times = 0
         self.until = 0.0
+        self.wait_s = 0.0
 
     def grow(self, ground: Ground, now: float) -> None:
         rules = ground.rules
         wait_s = min(rules.back_off_s * 2.0 ** min(self.times, 30), rules.back_off_max_s)
         self.times += 1
-        self.until = now + wait_s * (1 + rules.jitter * (2 * ground.roll() - 1))
+        self.wait_s = wait_s * (1 + rules.jitter * (2 * ground.roll() - 1))
+        self.until = now + self.wait_s
+
+    def repeat(self, now: float) -> None:
+        """As long again."""
+        self.until = now + self.wait_s
+
+    def undo(self, now: float) -> None:
+        """The last time was for nothing."""
+        self.times -= 1
+        self.until = min(self.until, now)
 
 
 class Breaker:
@@ -84,13 +95,17 @@ class Breaker:
         return f"<Breaker {self.state} {self._run} bad in a row>"
 
     def lets(self, now: float) -> bool:
-        """Whether a request may go there: always while closed, one for trial when it is time."""
-        return self.state is _CLOSED or (self.state is _OPEN and now >= self.back_off.until)
+        """Whether a request may go there: always while closed, one for trial when it is time, and
+        one more when as much time has passed again: a trial may take long to tell."""
+        return self.state is _CLOSED or now >= self.back_off.until
 
     def lease(self, turn: int, now: float) -> None:
         """A request goes there: if that is while it is open and due, it is the trial."""
-        if self.state is _OPEN and now >= self.back_off.until:
-            self.state, self._at = TRANSITIONS[self.state, Sign.LEASED], turn - 1
+        if self.state is _CLOSED or now < self.back_off.until:
+            return
+        self._at = turn - 1 if self.state is _OPEN else self._at
+        self.state = TRANSITIONS[self.state, Sign.LEASED]
+        self.back_off.repeat(now)
 
     def good(self, turn: int, now: float) -> None:
         if self.state is _CLOSED:
@@ -112,6 +127,10 @@ class Breaker:
         """Count a failure that is not stale; says whether it is enough to open."""
         self._run += 1
         return self.state is _TRIAL or (self.state is _CLOSED and self._run >= limit)
+
+    def forgive(self) -> None:
+        """The last failure that was counted was none."""
+        self._run = max(0, self._run - 1)
 
     def open(self, reason: str, ground: Ground, now: float) -> None:
         """Keep away. What failed long ago is forgotten."""
@@ -148,6 +167,10 @@ class Share:
         passed = min(passed, _PARTS)
         self._good = self._good[passed:] + [0] * passed
         self._bad = self._bad[passed:] + [0] * passed
+
+    def forgive(self) -> None:
+        """The last bad one was none."""
+        self._bad[-1] = max(0, self._bad[-1] - 1)
 
     def poor(self, least: int, share: float) -> bool:
         """Whether fewer than this share were good, of no fewer than `least`."""

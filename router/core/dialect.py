@@ -12,7 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from router.core import edits, peek, unload
-from router.core.types import Need, Scope
+from router.core.types import FailureKind, Need, Scope
 
 # Which routers a request has passed, so that one that comes back is known.
 VIA = "X-Ollamux-Via"
@@ -82,6 +82,8 @@ _OPENAI, _ANTHROPIC = Family.OPENAI, Family.ANTHROPIC
 _M, _MN = ("model",), ("model", "name")
 _DONE, _OPENAI_END = b"done", b"data: [DONE]"
 _COMPLETED, _STOPPED = b"event: response.completed", b"event: message_stop"
+_TOLD = (b"event: error", b"event: response.failed", b"event: response.incomplete")
+_NO_MODEL = b'"model":""'
 _GOING_ON, _UNFINISHED = b'"done":false', b'"finish_reason":null'
 _ITEM_DELTA, _BLOCK_DELTA = b".delta\n", b"event: content_block_delta\n"
 _PRIMARY, _CLOUD, _ANY = Need.PRIMARY, Need.CLOUD, Need.ANY
@@ -306,6 +308,21 @@ def rename(
         assert span is not None  # the call's model was read from this body
         splices.append(edits.Splice(*span, json.dumps(sent).encode()))
     return edits.spliced(body, splices) if splices else (body,)
+
+
+def broke(route: Route, records: bytes) -> FailureKind | None:
+    """What a stream of events has failed in, that has ended with these records; None for nothing.
+
+    Ollama loses the error of a runner that fails in the midst. Of OpenAI's chat and completions
+    it leaves an empty chunk that names no model; without that, they have been cut because the
+    model repeated itself for ever. The others just end, so there it may be either.
+    """
+    if route.family is Family.NATIVE or is_final(route, records):
+        return None
+    if route.final == _OPENAI_END:
+        return FailureKind.ANSWERED if _NO_MODEL in records else None
+    told = any(line.startswith(_TOLD) for line in records.splitlines())
+    return None if told else FailureKind.ASTRAY
 
 
 def is_final(route: Route, records: bytes) -> bool:

@@ -43,9 +43,10 @@ _CLOSED = Ejection.CLOSED
 _OTHERS = 2  # so many of the answers in a row are of other models than the worst one
 _REPLICAS_MAX = 1000  # a cloud model can have any name
 _BROKEN = frozenset((FailureKind.CONNECT, FailureKind.RESET, FailureKind.GARBAGE))
-_NO_FAULT = frozenset(
-    (FailureKind.REFUSED, FailureKind.MISSING, FailureKind.BUSY, FailureKind.OURS)
-)
+_NO_FAULT = frozenset((
+    FailureKind.REFUSED, FailureKind.MISSING, FailureKind.BUSY, FailureKind.OURS,
+    FailureKind.ASTRAY,
+))  # fmt: skip
 
 
 class Node:
@@ -168,8 +169,8 @@ class Node:
 
     def _replica(self, key: str, now: float) -> Replica:
         if len(self.replicas) >= _REPLICAS_MAX:
-            idle = [k for k, r in self.replicas.items() if not r.in_flight and r.lets(now)]
-            for one in idle:
+            gone = self.replicas.keys() - self.present.keys()
+            for one in [key for key in gone if self.replicas[key].idle(now)]:
                 del self.replicas[one]
                 self.troubled.discard(one)
         replica = self.replicas[key] = Replica()
@@ -198,7 +199,7 @@ class Node:
             self.breaker.good(turn, now)
             self.answered.clear()
         else:
-            replica.breaker.untold(turn, now)
+            replica.untold(turn, now)
             self.breaker.untold(turn, now)
         self._note(key, calm=replica.calm)
         self._note(None, calm=self.breaker.state is _CLOSED)
@@ -253,7 +254,8 @@ class Node:
             (replica.breaker, before[1], key),
         ):
             if breaker.state is not was:
-                wait_s = max(0.0, breaker.back_off.until - now)
+                shut = breaker.state is not _CLOSED
+                wait_s = max(0.0, breaker.back_off.until - now) if shut else 0.0
                 found.append(
                     Flip(self.spec.name, was, breaker.state, breaker.reason, model, wait_s)
                 )
@@ -275,10 +277,19 @@ class Node:
         self.open = self.up and not draining
         return was is not draining
 
-    def lose(self, key: str) -> None:
-        """It does not have a model that it had."""
-        self._listed = {k: m for k, m in self._listed.items() if k != key}
-        self.present = self._usable(self._listed)
+    def forgive(self, key: str) -> None:
+        """The last answer of 5xx for this model was the request's fault."""
+        replica = self.replicas.get(key)
+        if replica is not None:
+            replica.forgive()
+        if self.answered:
+            self.answered.pop()
+
+    def spells(self, model: Name) -> bool:
+        """Whether it lists this model, if at all, under the very name that was asked for: some
+        endpoints know no other spelling, and `:local` means something else."""
+        found = self.present.get(model.key)
+        return found is None or found.entry.get("name") in (model.text, f"{model.text}:latest")
 
     # What probes say.
 

@@ -262,12 +262,21 @@ class Pool:
             return flips
         if failure.kind is FailureKind.FIRST_BYTE_TIMEOUT:
             node.replicas[held.key].rates.late()
-        if failure.kind is FailureKind.MISSING:
-            node.lose(held.key)
-            self.revision += 1
         if failure.kind is FailureKind.REFUSED:
             return [*flips, *self._feel(node, Sign.REFUSED, failure.detail, now)]
         return flips
+
+    def forgive(self, url: str, target: Target) -> None:
+        """What a node failed to answer, another one has failed to answer alike."""
+        node = self._nodes.get(url)
+        if node is not None and target.model is not None:
+            node.forgive(target.model.key)
+
+    def believed(self, url: str, target: Target) -> bool:
+        """Whether a node that was asked for a model was believed to have it, under the very name;
+        it may have been taken from the node's list since."""
+        node, model = self._nodes.get(url), target.model
+        return model is not None and not model.cloud and (node is None or node.spells(model))
 
     def digest(self, url: str, target: Target) -> str:
         """Which model a node has under this name; empty where that is not known."""

@@ -43,6 +43,12 @@ class Replica:
         if self.busy.until:
             self.busy.grow(ground, now)
 
+    def untold(self, turn: int, now: float) -> None:
+        """A request has ended that tells nothing."""
+        self.breaker.untold(turn, now)
+        if self.busy.times > 1 and not self.in_flight:
+            self.busy.undo(now)  # it had gone alone, and left
+
     def good(self, turn: int, ground: Ground, now: float) -> None:
         """A request has ended well: what was full has room again."""
         self.share.good(now, ground.rules.window_s)
@@ -54,6 +60,15 @@ class Replica:
         """It has said that it takes no more. Of many that are told so at once, the first counts."""
         if now >= self.busy.until:
             self.busy.grow(ground, now)
+
+    def idle(self, now: float) -> bool:
+        """Nothing would be lost with it."""
+        return not self.in_flight and self.lets(now)
+
+    def forgive(self) -> None:
+        """The last failure was the request's own."""
+        self.breaker.forgive()
+        self.share.forgive()
 
     def bad(self, why: str, turn: int, ground: Ground, now: float) -> None:
         """A request has failed there."""

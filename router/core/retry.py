@@ -25,13 +25,14 @@ _STATUS = {
     FailureKind.ANSWERED: 502,
     FailureKind.FIRST_BYTE_TIMEOUT: 504,
     FailureKind.STALLED: 504,
+    FailureKind.ASTRAY: 502,
     FailureKind.MISSING: 404,
 }
 # Which failure tells the client most, of several. An answer says more than none.
 _TELLING = (
     FailureKind.ANSWERED, FailureKind.STALLED, FailureKind.FIRST_BYTE_TIMEOUT, FailureKind.RESET,
     FailureKind.GARBAGE, FailureKind.BUSY, FailureKind.OURS, FailureKind.CONNECT,
-    FailureKind.REFUSED, FailureKind.MISSING,
+    FailureKind.REFUSED, FailureKind.ASTRAY, FailureKind.MISSING,
 )  # fmt: skip
 _UNABLE = frozenset((501, 505))  # not here, so nowhere: a model without the skill, for one
 

@@ -1,12 +1,15 @@
 """One request's way over the nodes: what it has met there, and what may follow."""
 
+from collections.abc import Sequence
+
 from router.core import retry
 from router.core.policy import Target
 from router.core.pool import Attempt
 from router.core.retry import Verdict
 from router.core.types import Failure, FailureKind, NodeSpec, Outcome, Resilience
 
-_BUSY, _ANSWERED, _MISSING = FailureKind.BUSY, FailureKind.ANSWERED, FailureKind.MISSING
+_BUSY, _ANSWERED = FailureKind.BUSY, FailureKind.ANSWERED
+_ANSWERS = frozenset((_ANSWERED, FailureKind.MISSING))  # what costs budget
 
 
 class Trail:
@@ -34,13 +37,14 @@ class Trail:
         """An attempt on this node has failed.
 
         A node that is full is not counted, and costs no budget: the pool itself keeps requests
-        away from it.
+        away from it. What nodes have answered counts over the whole life of a request.
         """
         self.met.append((node, failure))
-        self._answered = node.url if failure.kind in (_ANSWERED, _MISSING) else ""
+        self._answered = node.url if failure.kind in _ANSWERS else ""
         if failure.kind is not _BUSY:
             self.tried.add(node.url)
-        left = rules.other_nodes + 1 - len(self.tried)
+        answered = sum(one.kind in _ANSWERS for _, one in self.met)
+        left = rules.other_nodes + 1 - max(len(self.tried), answered)
         return retry.decide(failure, changes=self._changes, left=left)
 
     def went_on(self) -> None:
@@ -49,9 +53,21 @@ class Trail:
 
     def outcome(self, failure: Failure) -> Outcome:
         """What a failure says of the node. A request that one node has failed to answer tells
-        nothing of the next one that fails the same way: it may be the request."""
-        again = failure.kind is _ANSWERED and any(f.kind is _ANSWERED for _, f in self.met)
-        return Outcome(None, told=False) if again else Outcome(failure)
+        nothing of the next one that fails the same way: it may be the request. Of one that is
+        pinned, none else can tell."""
+        if failure.kind is not _ANSWERED:
+            return Outcome(failure)
+        untold = self._target.pin is not None or self._unanswered
+        return Outcome(told=False) if untold else Outcome(failure)
+
+    def excused(self, failure: Failure) -> NodeSpec | None:
+        """The node whose failure was the request's, now that another one has failed alike."""
+        found = self._unanswered
+        return found[0] if failure.kind is _ANSWERED and len(found) == 1 else None
+
+    @property
+    def _unanswered(self) -> Sequence[NodeSpec]:
+        return [node for node, one in self.met if one.kind is _ANSWERED]
 
     @property
     def busy(self) -> bool:

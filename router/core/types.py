@@ -155,6 +155,7 @@ class FailureKind(enum.StrEnum):
     REFUSED = "refused"  # nobody listens there
     BUSY = "busy"  # it answered that it takes no more
     ANSWERED = "answered"  # it answered that it failed
+    ASTRAY = "astray"  # it answered something else than it was asked to go on with, or not all
     MISSING = "missing"  # it answered that it does not have a model that it had
     OURS = "ours"  # the router itself has no descriptor, port or memory left for a connection
     CONNECT = "connect"  # no route, no name, TLS refused, connect limit passed

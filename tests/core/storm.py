@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from random import Random
 
 from router.core.policy import Target
@@ -72,21 +73,18 @@ _MISSING = Failure(FailureKind.MISSING, sent=True, received=True, status=404)
 @dataclass(eq=False)
 class Sim:
     """A node as it is in truth. `runs`: attempts that it works on. `failing`: models for which it
-    has no memory. `denied`: models that it has said it does not have, until it is asked what it
-    has; `full`: those that it has said it is too busy for, until one of them is answered, and when
-    it was last asked for one."""
+    has no memory. `full`: those that it has said it is too busy for, until one of them is
+    answered, and when it was last asked for one."""
 
     spec: NodeSpec
     keys: set[str]
     mode: Mode = Mode.GOOD
     failing: set[str] = field(default_factory=set)
     runs: dict["Try", None] = field(default_factory=dict)
-    denied: set[str] = field(default_factory=set)
     full: dict[str, float] = field(default_factory=dict)
 
     def forgotten(self) -> None:
         """It is not configured: if it ever is again, nothing is known of it."""
-        self.denied.clear()
         self.full.clear()
 
     def good(self, key: str) -> bool:
@@ -111,7 +109,8 @@ class Sim:
 @dataclass(eq=False)
 class Request:
     """What one client asks. `poison`: every node fails it. `met`: nodes that have failed it since
-    the client saw a record, but for those that were full."""
+    the client saw a record, but for those that were full; `answers`: how many have answered that
+    they fail it, in all."""
 
     number: int
     key: str
@@ -125,6 +124,7 @@ class Request:
     told: int = 0  # of them, those before the last failure
     attempts: int = 0
     met: set[str] = field(default_factory=set)
+    answers: int = 0
     ended: str = ""
     running: "Try | None" = None
     deadline: float = 0.0
@@ -248,8 +248,6 @@ class Storm:
         sign = _SIGNS.get(sim.mode, Sign.GOOD)
         # As the prober does: whoever is not up is asked for everything.
         present = models(sim.keys) if sign is Sign.GOOD and self._asks_tags(url) else None
-        if present is not None:
-            sim.denied.clear()
         for flip in self.pool.observe(url, Observation(sign, present=present), self.now):
             self.say(f"{flip}")
 
@@ -419,7 +417,9 @@ class Storm:
             request.told = request.seen
             trail.went_on()
             request.met.clear()
-        outcome = trail.outcome(failure)
+        outcome, excused = trail.outcome(failure), trail.excused(failure)
+        if excused is not None:
+            self.pool.forgive(excused.url, run.attempt.target)
         verdict = trail.failed(run.sim.spec, failure, self.rules)
         self.say(f"{request} {failure.kind.value} on {run.sim.spec.name}: {verdict.value}")
         self._met(run, failure.kind)
@@ -439,9 +439,9 @@ class Storm:
             sim.full.setdefault(request.key, self.now)
             return
         request.met.add(sim.spec.url)
-        assert len(request.met) <= self.rules.other_nodes + 1, f"{request} met {request.met}"
-        if kind is FailureKind.MISSING:
-            sim.denied.add(request.key)
+        request.answers += kind in (FailureKind.ANSWERED, FailureKind.MISSING)
+        most = self.rules.other_nodes + 1
+        assert max(len(request.met), request.answers) <= most, f"{request} met {request.met}"
 
     def _leave(self, request: Request) -> None:
         """The client has gone."""
@@ -458,6 +458,13 @@ class Storm:
         del run.sim.runs[run]
         run.request.running = None
         flips = self.pool.leave(run.attempt, outcome, self.now)
+        key = run.request.key
+        if (
+            not outcome.told
+            and key in run.sim.full
+            and all(r.request.key != key for r in run.sim.runs)
+        ):
+            run.sim.full[key] = -inf  # whoever goes there alone and leaves has tried nothing
         for flip in flips:
             self.say(f"{flip}")
         self._look()
@@ -508,7 +515,6 @@ class Storm:
         view, key, sim = self.views[lease.node.url], request.key, self.sims[lease.node.url]
         assert _is_open(view, key), f"{request} was sent to {view}"
         assert view.spec.url not in request.met
-        assert key not in sim.denied, f"{request} was sent to {view.spec.name}, without it"
         assert not _full(view, key, self.now), f"{request} was sent to {view.spec.name}, full"
         if key in sim.full:
             least_s = self.rules.back_off_s * (1 - self.rules.jitter)
@@ -544,7 +550,10 @@ class Storm:
         no node has been steady since it came."""
         if request.pinned or request.changes or request.poison:
             return
-        if len(request.met) > self.rules.other_nodes or request.ended == Refusal.BUDGET:
+        if (
+            max(len(request.met), request.answers) > self.rules.other_nodes
+            or request.ended == Refusal.BUDGET
+        ):
             return
         self._look()
         steady = [
@@ -578,8 +587,7 @@ def _full(view: NodeView, key: str, now: float) -> bool:
 
 def _kept_away(view: NodeView, key: str, now: float) -> bool:
     return _full(view, key, now) or any(
-        not one.busy and one.model in ("", key) and (one.trial or now < one.until)
-        for one in view.ejected
+        not one.busy and one.model in ("", key) and now < one.until for one in view.ejected
     )
 
 

@@ -126,12 +126,36 @@ def test_it_lets_all_pass_while_closed_one_when_it_is_time_and_none_else() -> No
     traffic.do("lb")
     lets += [breaker.lets(100.0), breaker.lets(100.99), breaker.lets(101.0)]
     traffic.do("wl")
-    lets += [breaker.lets(101.0), breaker.lets(1e9)]
+    lets += [breaker.lets(101.0), breaker.lets(101.99)]
     traffic.do("u")
     lets.append(breaker.lets(101.0))
     traffic.do("lg")
     lets.append(breaker.lets(101.0))
     assert lets == [True, False, False, True, False, False, True, True]
+
+
+def test_a_trial_that_takes_longer_than_the_back_off_does_not_keep_all_others_away() -> None:
+    """One request that hangs for minutes would else close the node to everybody."""
+    traffic = Traffic(limit=1, now=100.0)
+    traffic.do("lb w l")
+    assert [traffic.breaker.lets(now) for now in (101.0, 101.99, 102.0)] == [False, False, True]
+    assert traffic.do("w l") == "??"
+    assert not traffic.breaker.lets(102.99)
+    assert traffic.do("g G") == "++"
+
+
+def test_the_end_of_an_earlier_trial_counts_beside_a_later_one() -> None:
+    assert Traffic(limit=1).do("lb w l w l B g") == "+--???--"
+    assert Traffic(limit=1).do("lb w l w l G b") == "+--???+-"
+
+
+def test_what_is_forgiven_was_never_counted() -> None:
+    breaker = Breaker()
+    for _ in range(9):
+        assert not breaker.bad(2)
+        breaker.forgive()
+    breaker.forgive()
+    assert [breaker.bad(2), breaker.bad(2)] == [False, True]
 
 
 def test_a_trial_that_told_nothing_does_not_make_the_next_one_wait_longer() -> None:
@@ -157,6 +181,18 @@ def test_the_reason_is_that_of_the_failure_that_opened_it() -> None:
 
 
 # How long
+
+
+def test_a_back_off_repeats_or_takes_back_the_last_time() -> None:
+    back_off, terms = BackOff(), ground()
+    for _ in range(3):
+        back_off.grow(terms, 50.0)
+    back_off.repeat(60.0)
+    assert back_off.until == 64.0
+    back_off.undo(61.0)
+    assert back_off.until == 61.0
+    back_off.grow(terms, 70.0)
+    assert back_off.until == 74.0
 
 
 def waits(times: int, roll: float = 0.5, now: float = 50.0) -> list[float]:

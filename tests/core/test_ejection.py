@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from router.core.names import parse
 from router.core.node import Node
 from router.core.types import (
     Ejected,
@@ -11,12 +12,13 @@ from router.core.types import (
     Failure,
     FailureKind,
     Flip,
+    Model,
     Observation,
     Outcome,
     Sign,
 )
 from tests.core import build
-from tests.core.build import ground, models, spec
+from tests.core.build import ground, spec
 
 CLOSED, OPEN, TRIAL = Ejection.CLOSED, Ejection.OPEN, Ejection.TRIAL
 K = FailureKind
@@ -199,9 +201,9 @@ def test_every_flip_is_told_once_with_its_reason_and_the_time_to_the_next_trial(
     traffic.run("a:+++")
     assert traffic.flips == [
         Flip("n", CLOSED, OPEN, "reset by peer", "", 1.0),
-        Flip("n", OPEN, TRIAL, "reset by peer", "", 0.0),
+        Flip("n", OPEN, TRIAL, "reset by peer", "", 1.0),
         Flip("n", TRIAL, OPEN, "reset by peer", "", 2.0),
-        Flip("n", OPEN, TRIAL, "reset by peer", "", 0.0),
+        Flip("n", OPEN, TRIAL, "reset by peer", "", 2.0),
         Flip("n", TRIAL, CLOSED, "reset by peer", "", 0.0),
     ]
 
@@ -296,6 +298,27 @@ def test_what_began_before_the_ejection_says_nothing_of_the_time_since(
         assert traffic.node.breaker.state is TRIAL
     traffic.end("+", trial, B)
     assert traffic.node.breaker.state is CLOSED
+
+
+def test_a_failure_that_is_forgiven_ejects_nobody(traffic: Traffic) -> None:
+    for _ in range(20):
+        traffic.run("a:x")
+        traffic.node.forgive(A)
+        traffic.run("b:x")
+        traffic.node.forgive(B)
+    assert traffic.ejected == []
+    traffic.run("a:xxxxx")
+    assert traffic.ejected == ["a"]
+
+
+def test_forgiving_what_was_not_counted_changes_nothing(traffic: Traffic) -> None:
+    traffic.node.forgive(A)
+    traffic.run("a:" + "+" * 40)
+    traffic.node.forgive(A)
+    traffic.run("a:xxxx")
+    assert traffic.ejected == []
+    traffic.run("a:x")
+    assert traffic.ejected == ["a"]
 
 
 def test_the_operator_sees_who_is_kept_away_why_and_until_when(traffic: Traffic) -> None:
@@ -400,13 +423,26 @@ def test_drain_says_whether_it_changes_anything() -> None:
 # What it has
 
 
-def test_a_model_that_it_lost_is_gone_until_it_is_listed_again() -> None:
-    node = build.node(spec("n"), A, B)
-    node.lose(A)
-    assert list(node.present) == [B]
-    node.lose(A)
-    node.learn(Observation(present=models([A, B])))
-    assert list(node.present) == [A, B]
+@pytest.mark.parametrize(
+    ("listed", "asked", "expected"),
+    [
+        ("a:latest", "a", True),
+        ("a:latest", "a:latest", True),
+        ("A:latest", "A", True),
+        ("a:8b", "a:8b", True),
+        # some endpoints know a name only as it is listed, so a 404 tells nothing
+        ("A:latest", "a", False),
+        ("a:latest", "A", False),
+        ("a:latest", "a:LATEST", False),
+        ("a:latest", "a:local", False),
+        ("a:latest", "b", True),  # if it has been asked for that, it did list it
+    ],
+)
+def test_whether_it_spells_a_model_like_that(listed: str, asked: str, *, expected: bool) -> None:
+    node = build.node(spec("n"))
+    key = parse(listed).key
+    node.learn(Observation(present={key: Model(key, "", {"name": listed})}))
+    assert node.spells(parse(asked)) is expected
 
 
 def test_digest() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core import dialect
+from router.core.names import parse
 from router.core.policy import Target
 from router.core.pool import Attempt, Lease, Pool
 from router.core.rates import Waits
@@ -643,18 +644,39 @@ def test_chance_is_what_the_pool_was_given() -> None:
     assert ask(pool, "phi", now=0.4) == Rejected(Refusal.BUSY, (GPU_1,), until=0.5)
 
 
-def test_a_model_that_a_node_has_lost_is_asked_for_elsewhere_until_it_is_listed(
+def test_what_a_node_answers_does_not_take_a_model_from_the_list_of_all_others(
     pool: Pool,
 ) -> None:
+    """The next probe does, if it is so: anybody may have a name answered with 404."""
     revision = pool.revision
-    one = attempt(pool, "llama3:8b@gpu-1")
-    pool.submit(one, 0.0)
-    pool.leave(one, reset(FailureKind.MISSING), 0.0)
-    assert pool.revision > revision
-    assert set(run(pool, "llama3:8b", 0.0, times=4)) == {"gpu-2"}
-    assert refused(pool, "llama3:8b@gpu-1") is Refusal.NOT_ON_PIN
-    pool.observe(GPU_1.url, seen(*HAS["gpu-1"]), now=1.0)
-    assert lease(pool, "llama3:8b@gpu-1").node == GPU_1
+    fail(pool, "llama3:8b@gpu-1", FailureKind.MISSING, times=9)
+    assert pool.revision == revision
+    assert set(run(pool, "llama3:8b", 0.0, times=4)) == {"gpu-1", "gpu-2"}
+
+
+def test_who_was_believed_to_have_a_model_that_it_was_asked_for(pool: Pool) -> None:
+    target = pool.resolve("llama3:8b")
+    assert isinstance(target, Target)
+    assert pool.believed(GPU_1.url, target)
+    pool.observe(GPU_1.url, seen("phi"), now=0.0)
+    assert pool.believed(GPU_1.url, target), "it was, when it was asked"
+    pool.reconfigure(topology(), now=0.0)
+    assert pool.believed(GPU_1.url, target)
+    assert not pool.believed(GPU_1.url, Target())
+    assert not pool.believed(GPU_1.url, Target(parse("x:cloud"), None, "x:cloud"))
+
+
+def test_a_request_that_all_fail_ejects_nobody() -> None:
+    pool = three()
+    target = pool.resolve("m")
+    assert isinstance(target, Target)
+    for _ in range(20):
+        fail(pool, "m@n0", FailureKind.ANSWERED)
+        pool.forgive("http://n0:11434", target)
+    for gone in ("http://gone:11434", "http://n1:11434"):
+        pool.forgive(gone, target)
+    pool.forgive("http://n1:11434", Target())
+    assert set(run(pool, "m", 0.0, times=6)) == {"n0", "n1", "n2"}
 
 
 def test_who_may_be_asked_at_all_is_no_matter_of_breakers() -> None:
@@ -753,7 +775,7 @@ def test_leaving_a_node_that_gets_no_more_of_them_costs_nothing(kind: FailureKin
     assert all(isinstance(again(pool, "m", "n0"), Lease) for _ in range(50))
 
 
-@pytest.mark.parametrize("how", ["down", "drained", "removed", "lost the model"])
+@pytest.mark.parametrize("how", ["down", "drained", "removed", "without the model"])
 def test_nor_does_leaving_one_that_is_gone(how: str) -> None:
     pool = three()
     if how == "down":
@@ -763,7 +785,7 @@ def test_nor_does_leaving_one_that_is_gone(how: str) -> None:
     elif how == "removed":
         pool.reconfigure(topology(nodes(3)[1:]), now=0.0)
     else:
-        fail(pool, "m@n0", FailureKind.MISSING)
+        pool.observe("http://n0:11434", seen("other"), now=0.0)
     assert all(isinstance(again(pool, "m", "n0"), Lease) for _ in range(50))
 
 

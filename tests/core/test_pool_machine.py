@@ -131,8 +131,7 @@ class Expected:
     def keeps_away(self, key: str, now: float) -> bool:
         """Whether the operator was shown a reason not to ask it for this model now."""
         return self.full(key, now) or any(
-            not one.busy and one.model in ("", key) and (one.trial or now < one.until)
-            for one in self.shown
+            not one.busy and one.model in ("", key) and now < one.until for one in self.shown
         )
 
     def flipped(self, flips: Sequence[Flip], now: float) -> None:
@@ -414,8 +413,6 @@ class PoolMachine(RuleBasedStateMachine):
         node.in_flight -= 1
         if not node.in_flight and node.spec.url not in self.configured:
             del self.known[node.spec.url]
-        if kind is FailureKind.MISSING and key_of(attempt) in node.listed:
-            node.listed.remove(key_of(attempt))
         sign = Sign.REFUSED if kind is FailureKind.REFUSED else None
         self.check_flips(flips, node, sign, "failed")
 
@@ -430,6 +427,13 @@ class PoolMachine(RuleBasedStateMachine):
         before = (self.pool.snapshot(), self.pool.revision, self.pool.in_flight)
         outcome = Outcome(None if kind is None else Failure(kind))
         assert not self.pool.leave(attempt, outcome, self.tick())
+        assert (self.pool.snapshot(), self.pool.revision, self.pool.in_flight) == before
+
+    @rule(url=st.sampled_from(URLS), key=st.sampled_from(KEYS))
+    def forgive(self, url: str, key: str) -> None:
+        """Nobody is shut out or let in for it."""
+        before = (self.pool.snapshot(), self.pool.revision, self.pool.in_flight)
+        self.pool.forgive(url, Target(parse(key), None, key))
         assert (self.pool.snapshot(), self.pool.revision, self.pool.in_flight) == before
 
     @precondition(lambda self: len(self.held) > 5)

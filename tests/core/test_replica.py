@@ -27,6 +27,8 @@ class Traffic:
         self.replica.in_flight -= 1
         if how == "good":
             self.replica.good(turn, self.ground, self.now)
+        elif how == "untold":
+            self.replica.untold(turn, self.now)
         elif how == "busy":
             self.replica.full(self.ground, self.now)
         else:
@@ -98,7 +100,7 @@ def test_the_operator_sees_a_trial(traffic: Traffic) -> None:
     traffic.now = traffic.replica.breaker.back_off.until
     traffic.lease()
     assert traffic.replica.breaker.state is TRIAL
-    assert traffic.replica.ejected("m") == [Ejected("it failed", 101.0, "m", trial=True)]
+    assert traffic.replica.ejected("m") == [Ejected("it failed", 102.0, "m", trial=True)]
     assert repr(traffic.replica) == "<Replica 1 in flight, trial>"
 
 
@@ -136,6 +138,39 @@ def test_it_lets_nothing_pass_while_full_and_then_one_at_a_time(traffic: Traffic
     traffic.lease()
     lets += [traffic.replica.lets(now) for now in (101.0, 102.9, 103.0)]
     assert lets == [False, False, True] * 2
+
+
+def test_who_goes_alone_to_a_full_one_and_leaves_has_not_made_the_wait_longer(
+    traffic: Traffic,
+) -> None:
+    traffic.lease()
+    traffic.end("busy")
+    for _ in range(9):
+        traffic.now = max(traffic.now, traffic.replica.busy.until)
+        traffic.lease()
+        traffic.end("untold")
+    assert traffic.replica.lets(traffic.now)
+    traffic.lease()
+    assert traffic.replica.busy.until - traffic.now == 2
+
+
+def test_nor_has_one_that_leaves_while_others_run_made_it_shorter(traffic: Traffic) -> None:
+    traffic.lease()
+    traffic.lease()
+    traffic.end("busy")
+    traffic.now += 1
+    traffic.lease()
+    traffic.end("untold")
+    assert not traffic.replica.lets(traffic.now + 1.9)
+
+
+def test_what_is_forgiven_counts_nowhere(traffic: Traffic) -> None:
+    for _ in range(40):
+        traffic.run("-")
+        traffic.replica.forgive()
+    assert traffic.replica.calm
+    traffic.run("++++-")
+    assert traffic.replica.calm
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.core.names import parse
+from router.core.names import Pin, parse
 from router.core.policy import Target
 from router.core.retry import Verdict
 from router.core.trail import Trail
@@ -52,6 +52,9 @@ def walk(trail: Trail, events: str, other_nodes: int = 2) -> str:
         ("ar br + cr dr er", ">>>>."),
         ("ar + br + cr + dr", ">>>>"),
         ("as + as + as bs cs", ">>>>."),
+        # but what was answered counts over the whole life of a request
+        ("ax + bx + cx", ">>."),
+        ("am + bx + ar + cm", ">>>."),
         # whoever is full does not count
         ("ab bb cb db ab bb", ">>>>>>"),
         ("ab br cb dr", ">>>>"),
@@ -143,6 +146,34 @@ def test_a_request_that_fails_everywhere_the_same_way_blames_only_the_first(
     outcome = trail.outcome(KINDS[kind])
     assert outcome.told is told
     assert outcome.failure is (KINDS[kind] if told else None)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("x", False), ("r", True), ("t", True), ("b", True)])
+def test_a_bad_answer_to_a_pinned_request_blames_nobody(kind: str, *, told: bool) -> None:
+    """No other node can tell whether it is the request."""
+    trail = Trail(Target(parse("m"), Pin("a"), "m"))
+    assert trail.outcome(KINDS[kind]).told is told
+
+
+@pytest.mark.parametrize(
+    ("before", "kind", "excused"),
+    [
+        ("", "x", ""),
+        ("ax", "x", "a"),
+        ("ax", "r", ""),
+        ("ax br", "x", "a"),
+        ("ar bx", "x", "b"),
+        ("ar", "x", ""),
+        ("ax bx", "x", ""),  # it is already
+    ],
+)
+def test_the_first_that_failed_is_excused_once_another_fails_alike(
+    before: str, kind: str, excused: str
+) -> None:
+    trail = Trail(TARGET)
+    walk(trail, before)
+    found = trail.excused(KINDS[kind])
+    assert (found.name if found else "") == excused
 
 
 def test_all_that_was_met_is_remembered_in_order() -> None:
