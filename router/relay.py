@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from router.answers import new_request_id
 from router.core import dialect, usage, wording
-from router.core.dialect import Framing, Route
+from router.core.dialect import NO_MODEL, OPENAI_END, Framing, Route
 from router.core.stitch import Stitch
 from router.core.types import Failure, FailureKind
 from router.downstream import Reply, Request
@@ -73,7 +73,7 @@ class Relay:
         "_before", "_chunk", "_chunks", "_clock", "_erred", "_framed", "_framing", "_head",
         "_keep", "_kept", "_last", "_limits", "_reason", "_record_end", "_reply", "_report",
         "_request", "_route",
-        "_stitch", "_tail", "_tail_bytes", "_taken", "_told", "_torn", "_withholds",
+        "_stitch", "_tail", "_tail_bytes", "_taken", "_told", "_torn", "_unnamed", "_withholds",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +109,7 @@ class Relay:
         self._stitch: Stitch | None = None
         self._erred = b""
         self._framed = True
+        self._unnamed = route.final == OPENAI_END
 
     @property
     def begun(self) -> bool:
@@ -247,23 +248,28 @@ class Relay:
             if not data:
                 return True
         if self._stitch is not None and not self._torn:
-            told = self._stitch.feed(data)
-            if not told:
-                self._before, self._last = b"", data  # it may be all that tells of a failure
+            data = self._follow(self._stitch, data)
+            if not data:
                 return True
-            data = told
         if self._withholds and usage.USAGE in data:
             data = self._withhold(data)
             if not data:
                 return True
         chunks = data.count(self._chunk)
         self._chunks += chunks
-        if chunks != 1 or data.find(self._record_end) + len(self._record_end) != len(data):
+        unnamed = self._unnamed and NO_MODEL in data
+        if (
+            unnamed
+            or chunks != 1
+            or data.find(self._record_end) + len(self._record_end) != len(data)
+        ):
             return self._take_others(data)
         self._keep(data)
         if not self._chunks & _UNWEIGHED:
             self._weigh()
-        self._before, self._last = b"", data
+        # A record of the answer's text, alone, tells nothing else.
+        if self._last:
+            self._before = self._last = b""
         reply = self._reply
         return self._take(data) if reply is None else reply.push(data)
 
@@ -297,6 +303,13 @@ class Relay:
         elif not dialect.is_final(self._route, last):
             # The end of a connection is all there is, be it a death or not.
             raise _failure(FailureKind.RESET, "connection closed before the last record")
+
+    def _follow(self, stitch: Stitch, data: bytes) -> bytes:
+        """What the client gets of the records of a node that goes on."""
+        told = stitch.feed(data)
+        if not told and NO_MODEL in data:
+            self._last = data  # it may be all that tells of a failure
+        return told
 
     def _withhold(self, data: bytes) -> bytes:
         """What the client gets of it. There is one event of counts, so it is looked for once."""

@@ -179,8 +179,8 @@ def _table(servers: Sequence[Server], seen: Mapping[str, Mapping[str, list[float
         ratios = ["", ""]
         if compared:
             mine = _median(seen[OLLAMUX.name].get(row, []))
-            others = (NGINX.name, BASELINE.name)
-            ratios = [f"{mine / _median(seen[o].get(row, [])):.2f}" for o in others]
+            theirs = (_median(seen[name].get(row, [])) for name in (NGINX.name, BASELINE.name))
+            ratios = [f"{mine / value:.2f}" if value else "" for value in theirs]
         label = f"{row}, {unit}" if unit else row
         lines.append(f"| {label} | " + " | ".join([*cells, *ratios]) + " |")
     return "\n".join(lines)

@@ -80,10 +80,10 @@ _GET, _HEAD_GET, _POST, _DELETE = ("GET",), ("GET", "HEAD"), ("POST",), ("DELETE
 _R, _L, _G = Kind.ROUTED, Kind.LOCAL, Kind.MANAGED
 _OPENAI, _ANTHROPIC = Family.OPENAI, Family.ANTHROPIC
 _M, _MN = ("model",), ("model", "name")
-_DONE, _OPENAI_END = b"done", b"data: [DONE]"
+_DONE, OPENAI_END = b"done", b"data: [DONE]"
 _COMPLETED, _STOPPED = b"event: response.completed", b"event: message_stop"
 _TOLD = (b"event: error", b"event: response.failed", b"event: response.incomplete")
-_NO_MODEL = b'"model":""'
+NO_MODEL = b'"model":""'
 _GOING_ON, _UNFINISHED = b'"done":false', b'"finish_reason":null'
 _ITEM_DELTA, _BLOCK_DELTA = b".delta\n", b"event: content_block_delta\n"
 _PRIMARY, _CLOUD, _ANY = Need.PRIMARY, Need.CLOUD, Need.ANY
@@ -98,11 +98,11 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/embeddings", _POST, _R, model_in=_M, missing=_TRY_PULLING),
     Route("/api/show", _POST, _R, model_in=_MN, missing=_AS_SHOWN),
     Route(
-        "/v1/chat/completions", _POST, _R, _OPENAI, _M, streams=False, final=_OPENAI_END,
+        "/v1/chat/completions", _POST, _R, _OPENAI, _M, streams=False, final=OPENAI_END,
         chunk=_UNFINISHED, asks_usage=True,
     ),
     Route(
-        "/v1/completions", _POST, _R, _OPENAI, _M, streams=False, final=_OPENAI_END,
+        "/v1/completions", _POST, _R, _OPENAI, _M, streams=False, final=OPENAI_END,
         chunk=_UNFINISHED,
     ),
     Route("/v1/embeddings", _POST, _R, _OPENAI, _M, missing=_TRY_PULLING),
@@ -319,8 +319,8 @@ def broke(route: Route, records: bytes) -> FailureKind | None:
     """
     if route.family is Family.NATIVE or is_final(route, records):
         return None
-    if route.final == _OPENAI_END:
-        return FailureKind.ANSWERED if _NO_MODEL in records else None
+    if route.final == OPENAI_END:
+        return FailureKind.ANSWERED if NO_MODEL in records else None
     told = any(line.startswith(_TOLD) for line in records.splitlines())
     return None if told else FailureKind.ASTRAY
 
