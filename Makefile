@@ -7,6 +7,7 @@
 # make soak    everything fails at random: SECONDS=60 SEED=
 # make storm   the same without sockets, in virtual time
 # make bench-relay   what a relay costs, beside nginx, HAProxy and aiohttp
+# make bench-routing   what a router's choices cost, in virtual time; ARGS=--sockets: through HTTP
 
 PYTHON ?= python3
 CONFIG ?= router.yaml
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JAVASCRIPT := tests/clients/node_modules/.package-lock.json
 
-.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay clean
+.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay bench-routing clean
 
 demo: $(READY)
 	@$(BIN)/ollamux demo
@@ -61,6 +62,9 @@ cover: test
 
 bench-relay: $(READY)
 	$(BIN)/python -m bench.relay --rounds $(ROUNDS) $(ARGS)
+
+bench-routing: $(READY)
+	$(BIN)/python -m bench.routing $(ARGS)
 
 # The JavaScript clients, for the tests that run them under Node.js.
 $(JAVASCRIPT): tests/clients/package-lock.json

@@ -1,17 +1,18 @@
-"""The admin listener: health, readiness, metrics, status, reload, drain."""
+"""The admin listener: health, readiness, metrics, status, decisions, reload, drain."""
 
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import hdrs, web
 
-from router import __version__
+from router import __version__, explain
 from router.core import wording
 from router.core.pool import Pool
 from router.core.types import Ejected, NodeView, Refusal, Rejected
-from router.dispatch import Clock
+from router.dispatch import Clock, Decision
+from router.errors import ClientError
 from router.metrics import CONTENT_TYPE, Metrics
 
 
@@ -43,7 +44,7 @@ class Admin:
     """`token` guards what changes anything; without one, only a loopback listener may.
 
     `reload` runs the daemon's own transaction; `on_drain` is told of a node that was drained or
-    undrained. `draining` is set once no new work is wanted.
+    undrained. `draining` is set once no new work is wanted. `decisions`: the last ones.
     """
 
     pool: Pool
@@ -55,6 +56,7 @@ class Admin:
     loopback: bool
     on_drain: Callable[[NodeView], None] = lambda node: None
     draining: bool = False
+    decisions: Collection[Decision] = ()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request. No page in a browser may act here; and what changes anything
@@ -105,6 +107,16 @@ class Admin:
 
     async def _status(self, _: web.BaseRequest) -> web.Response:
         return _json(200, self.status())
+
+    async def _decisions(self, _: web.BaseRequest) -> web.Response:
+        return _json(200, explain.decisions(self.decisions, self.clock(), time.time()))
+
+    async def _explain(self, request: web.BaseRequest) -> web.Response:
+        try:
+            asked = await explain.asked(request)
+            return _json(200, explain.explain(self.pool, asked, self.clock()))
+        except ClientError as error:
+            return _error(error.status, error.message)
 
     async def _reload(self, _: web.BaseRequest) -> web.Response:
         done = await self.reload()
@@ -175,7 +187,8 @@ def _node(node: NodeView, now: float) -> Mapping[str, object]:
         "draining": node.draining,
         "ejected": [_ejected(one, now) for one in node.ejected],
         "in_flight": node.in_flight,
-        "slots": node.spec.slots,
+        "slots": "auto" if node.spec.auto else node.spec.slots,
+        "slots_learned": dict(node.slots),
         "weight": node.spec.weight,
         "labels": dict(node.spec.labels),
         "version": node.version,
@@ -231,6 +244,8 @@ _ROUTES: Mapping[str, tuple[Sequence[str], _Answer]] = {
     "/readyz": (_READ, Admin._readyz),
     "/metrics": (_READ, Admin._metrics),
     "/status": (_READ, Admin._status),
+    "/decisions": (_READ, Admin._decisions),
+    "/explain": (_CHANGE, Admin._explain),
     "/reload": (_CHANGE, Admin._reload),
     "/drain": (_CHANGE, Admin._drain),
     "/undrain": (_CHANGE, Admin._undrain),

@@ -15,7 +15,7 @@ from typing import Any, Self
 from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
-from router import log
+from router import flows, log
 from router.address import Address
 from router.admin import Admin, ConfigState, ReloadResult
 from router.admission import Cause, Rooms
@@ -97,7 +97,7 @@ class App:
         self.pool = Pool(config.topology, clock(), random.random)
         self._conflicts = self.pool.conflicts()
         self.refusals: Counter[str] = Counter({cause.value: 0 for cause in Cause})
-        self.metrics = Metrics(self.pool.snapshot, self.refusals)
+        self.metrics = Metrics(self.pool.snapshot, self.pool.queued, self.refusals)
         instance = secrets.token_hex(16)
         self._upstream = Upstream(connect_s=config.timeouts.connect_s)
         via = (VIA.encode(), instance.encode())
@@ -110,7 +110,7 @@ class App:
         )
         self._means = Means(
             pool=self.pool,
-            dispatch=Dispatch(self.pool, self._flipped, clock, self._failed),
+            dispatch=Dispatch(self.pool, self._flipped, clock, self._failed, self.metrics.wait),
             upstream=self._upstream,
             keep=Keep(config.limits.max_buffered_bytes),
             settings=_passage_settings(config),
@@ -152,6 +152,7 @@ class App:
             token=None if token is None else token.get_secret_value(),
             loopback=_is_loopback(config.admin.listen),
             on_drain=self._drained,
+            decisions=self._means.dispatch.decisions,
         )
         self._given = given
         self._record(ok=True)
@@ -352,7 +353,9 @@ class App:
         self._means.dispatch.stir()
 
     def _seen(self) -> None:
-        """Tell of each name that has come to stand for several digests."""
+        """Give nodes to those that wait, as a look may have shown room; tell of each name that has
+        come to stand for several digests."""
+        self._means.dispatch.settle()
         before, now = self._conflicts, self.pool.conflicts()
         if now is before:
             return
@@ -441,6 +444,9 @@ def _passage_settings(config: Config) -> PassageSettings:
         busy_s=config.timeouts.busy_s,
         resilience=config.topology.resilience,
         continues=config.continuation.models if config.continuation.enabled else (),
+        flows=flows.Settings(
+            config.routing.flow_header, tuple(config.trusted), config.timeouts.busy_s
+        ),
     )
 
 

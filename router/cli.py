@@ -1,4 +1,4 @@
-"""The command line: serve, check, schema, demo, nodes, drain, undrain, version."""
+"""The command line: serve, check, schema, demo, nodes, explain, drain, undrain, version."""
 
 import argparse
 import contextlib
@@ -8,16 +8,15 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router import __version__, config, daemon, demo
+from router import __version__, config, daemon, demo, tables
 from router.errors import ConfigError
 from router.schema import schema
 
@@ -26,7 +25,6 @@ _TIMEOUT_S = 10
 _TOKEN = "OLLAMUX_ADMIN_TOKEN"
 _ERROR_MAX_BYTES = 1 << 16
 _WAIT_S, _POLL_S = 600.0, 0.2
-_TABLE_COLUMNS, _RESIDENT_COLUMNS = 100, 16
 # What an answer that is none of ours may lead to.
 _TROUBLE = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _FAILED, _REFUSED = 1, 2
@@ -78,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--admin", default=_ADMIN, metavar="URL", help=f"default {_ADMIN}")
     nodes.set_defaults(run=_nodes)
 
+    _explaining(commands)
+
     drain = _changing(commands, "drain", "give a node no new requests; what runs there finishes")
     drain.add_argument("--wait", action="store_true", help="until nothing is in flight there")
     drain.add_argument(
@@ -90,6 +90,24 @@ def _parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
+
+
+def _explaining(commands: Any) -> None:
+    text = "say which node a request for a model would get now, and why"
+    explain = commands.add_parser(
+        "explain",
+        help=text,
+        description=f"{text}; nothing is sent. The admin token, if one is set, is taken from "
+        f"{_TOKEN}.",
+    )
+    explain.add_argument("model", metavar="MODEL", help="as a client would name it")
+    explain.add_argument("--prompt-tokens", type=int, default=0, metavar="N", help="default 0")
+    explain.add_argument(
+        "--num-ctx", type=int, metavar="N", help="context length that is asked for"
+    )
+    explain.add_argument("--flow", default="", metavar="F", help="whose request it is")
+    explain.add_argument("--admin", default=_ADMIN, metavar="URL", help=f"default {_ADMIN}")
+    explain.set_defaults(run=_explain)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -121,9 +139,23 @@ def _version(args: argparse.Namespace) -> int:
 def _nodes(args: argparse.Namespace) -> int:
     url = _base(args.admin)
     try:
-        print(_table(_asked(f"{url}/status")))
+        print(tables.nodes(_asked(f"{url}/status")))
     except _TROUBLE as error:
         return _failed(f"no status from {url}: {_why(error)}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    asked = {"model": args.model, "prompt_tokens": args.prompt_tokens, "flow": args.flow}
+    if args.num_ctx is not None:
+        asked["num_ctx"] = args.num_ctx
+    try:
+        answer = _asked(
+            f"{_base(args.admin)}/explain", "POST", _token(), json.dumps(asked).encode()
+        )
+        print(tables.explained(answer))
+    except _TROUBLE as error:
+        return _failed(f"explain {args.model}: {_why(error)}")
     return 0
 
 
@@ -194,9 +226,9 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _asked(url: str, method: str = "GET", token: str = "") -> Any:
+def _asked(url: str, method: str = "GET", token: str = "", body: bytes | None = None) -> Any:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(url, method=method, headers=headers)
+    request = urllib.request.Request(url, body, headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
     with opener.open(request, timeout=_TIMEOUT_S) as answer:
         return json.load(answer)
@@ -204,12 +236,16 @@ def _asked(url: str, method: str = "GET", token: str = "") -> Any:
 
 def _changed(url: str, verb: str, node: str) -> Mapping[str, Any]:
     """Have a node drained or undrained; gives its entry of `/status`."""
+    query = urllib.parse.urlencode({"node": node})
+    entry: Mapping[str, Any] = _asked(f"{url}/{verb}?{query}", "POST", _token())
+    return entry
+
+
+def _token() -> str:
     token = os.environ.get(_TOKEN, "")
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise ValueError(f"{_TOKEN} is not plain ASCII without spaces")  # nor to be quoted
-    query = urllib.parse.urlencode({"node": node})
-    entry: Mapping[str, Any] = _asked(f"{url}/{verb}?{query}", "POST", token)
-    return entry
+    return token
 
 
 def _why(error: Exception) -> str:
@@ -217,7 +253,7 @@ def _why(error: Exception) -> str:
     said = _said(error) if isinstance(error, urllib.error.HTTPError) else ""
     hint = f" ({_TOKEN})" if isinstance(error, urllib.error.HTTPError) and error.code == 401 else ""
     reason = getattr(error, "reason", None) or error
-    return _printable(" ".join((said or str(reason)).split())) + hint
+    return tables.printable(" ".join((said or str(reason)).split())) + hint
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -230,82 +266,3 @@ def _said(error: urllib.error.HTTPError) -> str:
 def _failed(text: str) -> int:
     print(f"ollamux: {text}", file=sys.stderr)
     return _FAILED
-
-
-# What it shows, as a table.
-
-_COLUMNS = ("NODE", "STATE", "IN FLIGHT", "SLOTS", "VERSION", "PRESENT", "URL", "RESIDENT")
-
-
-def _table(status: Mapping[str, Any]) -> str:
-    """One row per node; below, why some of them get no requests, or none for some models."""
-    nodes = status["nodes"]
-    rows = [_COLUMNS[:-1], *(_row(node) for node in nodes)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = max(_TABLE_COLUMNS - sum(widths) - 2 * len(widths), _RESIDENT_COLUMNS)
-    last = [_COLUMNS[-1], *(_fitting(node["resident"], left) for node in nodes)]
-    lines = [
-        "  ".join([*map(str.ljust, row, widths), resident])
-        for row, resident in zip(rows, last, strict=True)
-    ]
-    return "\n".join(map(_printable, [*lines, *_below(nodes)]))
-
-
-def _below(nodes: Sequence[Mapping[str, Any]]) -> Sequence[str]:
-    notes = [f"{node['name']}: {note}" for node in nodes for note in _notes(node)]
-    wrapped = [
-        line
-        for note in notes
-        for line in textwrap.wrap(
-            note, _TABLE_COLUMNS, subsequent_indent="  ", break_on_hyphens=False
-        )
-    ]
-    return ["", *wrapped] if wrapped else []
-
-
-def _row(node: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        node["name"],
-        ", ".join(_states(node)),
-        str(node["in_flight"]),
-        str(node["slots"]),
-        node["version"] or "-",
-        str(len(node["present"])),
-        node["url"],
-    )
-
-
-def _states(node: Mapping[str, Any]) -> Sequence[str]:
-    states = ["drained"] if node["draining"] else []
-    whole = [one for one in node["ejected"] if one["model"] is None]
-    states += ["on trial" if one["trial"] else "ejected" for one in whole]
-    return states if states and node["state"] == "up" else [node["state"], *states]
-
-
-def _fitting(names: Sequence[str], width: int) -> str:
-    """As many as fit, the first one at least in part, and how many more there are."""
-    for count in range(len(names), 0, -1):
-        more = f" +{len(names) - count}" if count < len(names) else ""
-        text = ", ".join(names[:count]) + more
-        if len(text) <= width:
-            return text
-    return f"{names[0][: width - len(more) - 2]}..{more}" if names else "-"
-
-
-def _notes(node: Mapping[str, Any]) -> Iterable[str]:
-    if node["state"] != "up":
-        yield f"{node['state']}: {node['detail']}"
-    for one in node["ejected"]:
-        subject = "" if one["model"] is None else f"{one['model']} "
-        wait_s = one["next_trial_s"]
-        when = f"in {wait_s:g} s" if wait_s else "with the next request"
-        if one["busy"]:
-            yield f"{subject}busy, asked again {when}"
-        elif one["trial"]:
-            yield f"{subject}on trial, was ejected: {one['reason']}"
-        else:
-            yield f"{subject}ejected: {one['reason']}; on trial {when}"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -7,14 +7,19 @@ from collections.abc import Callable
 from math import inf
 from types import TracebackType
 
-from router.core.pool import Attempt, Lease, Pool
-from router.core.types import Failure, Flip, NodeSpec, Outcome, Rejected
+import msgspec
+
+from router.core.policy import Attempt
+from router.core.pool import Lease, Pool, Queued
+from router.core.types import Failure, Flip, NodeSpec, Outcome, Reason, Refusal, Rejected
 from router.errors import UpstreamError
 
 Clock = Callable[[], float]
 _ENDED, _UNTOLD = Outcome(), Outcome(told=False)
 _WAITING_MAX = 2048
 _ALIKE_MAX = 1024  # for one model, so that others can wait too
+_DECISIONS_MAX = 256  # that are remembered
+_AGAIN_S = 0.25  # what a wait is worth changes with time, too
 
 
 class Refused(Exception):
@@ -26,9 +31,22 @@ class Refused(Exception):
         self.model = model
 
 
+class Decision(msgspec.Struct, frozen=True, gc=False):
+    """A node that was given to a request, at `at` (of the clock). `expected_s`: in how many seconds
+    from then on its answer was expected to begin, where that was told."""
+
+    at: float
+    request: str
+    model: str
+    node: str
+    reason: Reason
+    waited_s: float
+    expected_s: float | None = None
+
+
 class Dispatch:
     """Gives leases. `on_flip` is told of what real traffic changed about a node, `on_failure` of
-    each failure."""
+    each failure, `on_wait` of each wait for a turn that has ended with a node."""
 
     def __init__(
         self,
@@ -36,21 +54,26 @@ class Dispatch:
         on_flip: Callable[[Flip], None],
         clock: Clock = time.monotonic,
         on_failure: Callable[[NodeSpec, Failure], None] = lambda node, failure: None,
+        on_wait: Callable[[Queued, float], None] = lambda queued, waited_s: None,
     ) -> None:
         self.pool = pool
         self.on_flip = on_flip
         self.on_failure = on_failure
+        self.on_wait = on_wait
         self.clock = clock
         self.waiting = 0
         self._waiters: dict[str, deque[asyncio.Future[None]]] = {}
+        self._queued: dict[Attempt, asyncio.Future[Lease | Rejected]] = {}
+        self._again: asyncio.TimerHandle | None = None
+        self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)
 
-    def lease(self, attempt: Attempt, deadline: float = -inf) -> "Held":
+    def lease(self, attempt: Attempt, deadline: float = -inf, request: str = "") -> "Held":
         """`async with` it: a Lease inside, given back however the block is left.
 
         Where all nodes are full for now, it waits for room up to the deadline (of the clock).
-        Raises Refused where the pool gives none.
+        `request`: its id, for who asks for decisions. Raises Refused where the pool gives none.
         """
-        return Held(self, attempt, deadline)
+        return Held(self, attempt, deadline, request)
 
     async def room(self, key: str, until: float, deadline: float) -> bool:
         """Wait until a full node may have room for a model; says whether it is worth asking."""
@@ -85,8 +108,57 @@ class Dispatch:
                 waiter.set_result(None)
                 return
 
+    async def turn(self, queued: Queued, deadline: float) -> Lease:
+        """Wait until the pool gives a queued attempt a node. Raises Refused."""
+        attempt, began = queued.attempt, self.clock()
+        waiter: asyncio.Future[Lease | Rejected] = asyncio.get_running_loop().create_future()
+        self._queued[attempt] = waiter
+        self.settle()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - began)):
+                given = await waiter
+        except TimeoutError:
+            self.pool.leave(attempt, _UNTOLD, self.clock())
+            raise Refused(Rejected(Refusal.LATE, after_s=self.clock() - began)) from None
+        except asyncio.CancelledError:
+            self.pool.leave(attempt, _UNTOLD, self.clock())  # whether it had got one or not
+            raise
+        finally:
+            del self._queued[attempt]
+            self.settle()
+        if isinstance(given, Rejected):
+            raise Refused(given)
+        self.on_wait(queued, self.clock() - began)
+        return given
+
+    def began(self, attempt: Attempt) -> None:
+        """The first record of an answer is there."""
+        self.pool.began(attempt, self.clock())
+        if self.pool.waiting:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tell those that have got a node; to be called after all that the pool was told."""
+        pool = self.pool
+        if not self._queued and not pool.waiting:
+            return
+        for one in pool.granted(self.clock()):
+            attempt, given = (one.attempt, one) if isinstance(one, Lease) else one
+            waiter = self._queued.get(attempt)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(given)
+            else:
+                pool.leave(attempt, _UNTOLD, self.clock())
+        if pool.waiting and self._again is None:
+            self._again = asyncio.get_running_loop().call_later(_AGAIN_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._again = None
+        self.settle()
+
     def stir(self) -> None:
         """There may be other nodes to ask: all that wait look again."""
+        self.settle()
         for queue in self._waiters.values():
             for waiter in queue:
                 if not waiter.done():
@@ -96,19 +168,24 @@ class Dispatch:
 class Held:
     """The lease of one attempt. `outcome`: how it ended, where that is no exception."""
 
-    __slots__ = ("_attempt", "_deadline", "_dispatch", "_lease", "outcome")
+    __slots__ = ("_attempt", "_deadline", "_dispatch", "_lease", "_request", "outcome")
 
-    def __init__(self, dispatch: Dispatch, attempt: Attempt, deadline: float) -> None:
+    def __init__(self, dispatch: Dispatch, attempt: Attempt, deadline: float, request: str) -> None:
         self.outcome: Outcome | None = None
         self._dispatch = dispatch
         self._attempt = attempt
         self._deadline = deadline
+        self._request = request
         self._lease: Lease | None = None
 
     async def __aenter__(self) -> Lease:
         dispatch = self._dispatch
+        came = now = dispatch.clock()
         while True:
-            verdict = dispatch.pool.submit(self._attempt, dispatch.clock())
+            verdict = dispatch.pool.submit(self._attempt, now)
+            if isinstance(verdict, Queued):
+                verdict = await dispatch.turn(verdict, self._deadline)
+                now = dispatch.clock()
             if isinstance(verdict, Lease):
                 break
             if verdict.until is None:
@@ -116,7 +193,14 @@ class Held:
                 raise Refused(verdict)
             if not await dispatch.room(self._key, verdict.until, self._deadline):
                 raise Refused(verdict)
+            now = dispatch.clock()
         self._lease = verdict
+        dispatch.decisions.append(
+            Decision(
+                now, self._request, self._key, verdict.node.name, verdict.reason, now - came,
+                verdict.expected_s,
+            )
+        )  # fmt: skip
         for flip in verdict.flips:
             dispatch.on_flip(flip)
         return verdict
@@ -142,5 +226,7 @@ class Held:
             dispatch.on_flip(flip)
         if dispatch.waiting:
             dispatch.wake(self._key)
+        if dispatch.pool.waiting:
+            dispatch.settle()
         if outcome.failure is not None and self._lease is not None:
             dispatch.on_failure(self._lease.node, outcome.failure)

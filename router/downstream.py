@@ -410,6 +410,12 @@ def client_address(request: web.BaseRequest, trusted: Sequence[Network]) -> str:
     return str(hops[-1]) if hops else peer
 
 
+def is_trusted(request: web.BaseRequest, trusted: Sequence[Network]) -> bool:
+    """Whether the peer is one whose headers are believed."""
+    peer = _address(request.remote or "")
+    return peer is not None and any(peer in network for network in trusted)
+
+
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return None if "%" in text else ipaddress.ip_address(text.strip())

@@ -179,7 +179,9 @@ class Gate:
             return self._sign(self.catalog.fallback(route), report)
         report.reason = refusal.value
         status, message = wording.refusal(route, refused.model, refused.rejected)
-        return self._refuse(report, route, status, message)
+        after_s = refused.rejected.after_s
+        retry_s = answers.RETRY_S if after_s is None else after_s
+        return self._refuse(report, route, status, message, retry_s)
 
     def _mistaken(
         self, request: Request, report: Report, route: Route | None, error: ClientError

@@ -14,14 +14,14 @@ class Ledger:
 
     Done for many in a row, this work finds its code and its data in the processor's caches; in
     the midst of each request it costs more. `tell` writes a request's line, `learn` is given what
-    whole answers told of their nodes, by url and model.
+    whole answers told of their nodes, by url, model, flow, place in line and time.
     """
 
     def __init__(
         self,
         tally: Tally,
         tell: Callable[[Report, float], None] | None = None,
-        learn: Callable[[str, str, Usage], None] = lambda url, model, usage: None,
+        learn: Callable[[str, str, Usage, str, int, float], None] = lambda *told: None,
     ) -> None:
         self.tell = tell
         self._learn = learn
@@ -42,7 +42,7 @@ class Ledger:
                 told = usage.read(report.final)
                 report.usage = usage.counted(told, report.chunks)
                 if told.eval_s is not None and not report.continuations:
-                    self._learn(report.url, report.model, told)
+                    self._learn(report.url, report.model, told, report.flow, report.ahead, ended)
             self._tally.count(report, ended)
             if self.tell is not None:
                 self.tell(report, ended)

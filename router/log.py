@@ -61,7 +61,8 @@ class Report(msgspec.Struct, eq=False):
     `model` is a canonical name, `sent` the one that a node is told; `known` says whether a node
     has it, so that it may become a metric label. `client` is an address. `final`: the last records
     of the answer, `chunks`: how many carried a part of it; `usage` is read from both. `url` is
-    that of the last node. `continuations`: one result for each node that failed in the midst.
+    that of the last node, `ahead` how many requests for the model it had. `flow`: whose it is,
+    where requests wait in turn. `continuations`: one result for each node that failed in the midst.
     """
 
     id: str
@@ -85,6 +86,8 @@ class Report(msgspec.Struct, eq=False):
     chunks: int = 0
     usage: Usage = NOTHING
     url: str = ""
+    flow: str = ""
+    ahead: int = 0
     continuations: tuple[Continued, ...] = ()
 
 

@@ -3,6 +3,7 @@
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from router import __version__
 from router.core.bounds import conflicts
+from router.core.pool import Queued
 from router.core.types import Flip, NodeView
 from router.tally import SECONDS, Tally
 
@@ -27,19 +29,24 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """What ollamux exports. `nodes` gives the pool's snapshot at each scrape, `refusals` are
-    counts by cause."""
+    """What ollamux exports. `nodes` gives the pool's snapshot at each scrape, `queued` how many
+    wait, by priority; `refusals` are counts by cause."""
 
     def __init__(
-        self, nodes: Callable[[], Sequence[NodeView]], refusals: Mapping[str, int]
+        self,
+        nodes: Callable[[], Sequence[NodeView]],
+        queued: Callable[[], Mapping[str, int]],
+        refusals: Mapping[str, int],
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second gauge for every counter, which nobody asked for
         self.registry = CollectorRegistry()
         self.registry.register(_Nodes(nodes))
         self.registry.register(_Refusals(refusals))
+        self.registry.register(_Queued(queued))
         self.requests = Tally()
         self.registry.register(self.requests)
         self._node_metrics()
+        self._queue_metrics()
         self._config_metrics()
 
     def _node_metrics(self) -> None:
@@ -53,6 +60,15 @@ class Metrics:
             "breaker_flips",
             "Changes of the breakers of nodes, and of models on them.",
             *("node", "scope", "to"),
+        )
+
+    def _queue_metrics(self) -> None:
+        """A model of the pool is as good as what it expects is near to what comes."""
+        self.queue_wait = self._seconds(
+            "queue_wait", "Waits for a turn that ended with a node.", "priority"
+        )
+        self.queue_expected_wait = self._seconds(
+            "queue_expected_wait", "How long these were expected to be at first.", "priority"
         )
 
     def _config_metrics(self) -> None:
@@ -87,6 +103,12 @@ class Metrics:
         if not usable:
             failures.inc()
 
+    def wait(self, queued: Queued, waited_s: float) -> None:
+        priority = queued.attempt.work.priority.name.lower()
+        self.queue_wait.labels(priority).observe(waited_s)
+        if queued.expected_s < inf:
+            self.queue_expected_wait.labels(priority).observe(queued.expected_s)
+
     def breaker(self, flip: Flip) -> None:
         scope = "model" if flip.model else "node"
         self.breaker_flips.labels(flip.node, scope, flip.now.value).inc()
@@ -109,6 +131,19 @@ class _Refusals(Collector):
         for cause, count in self._refusals.items():
             refused.add_metric([cause], count)
         return [refused]
+
+
+class _Queued(Collector):
+    """How many requests wait for their turn now."""
+
+    def __init__(self, queued: Callable[[], Mapping[str, int]]) -> None:
+        self._queued = queued
+
+    def collect(self) -> Iterable[Metric]:
+        depth = _gauge("queue_depth", "Requests that wait for their turn.", "priority")
+        for priority, count in self._queued().items():
+            depth.add_metric([priority], count)
+        return [depth]
 
 
 class _Nodes(Collector):
@@ -144,14 +179,18 @@ def _states(nodes: Sequence[NodeView]) -> Iterable[Metric]:
 
 def _sizes(nodes: Sequence[NodeView]) -> Iterable[Metric]:
     busy = _gauge("node_in_flight", "Leases held.", "node")
-    slots = _gauge("node_slots", "Slots per model.", "node")
+    slots = _gauge("node_slots", "Slots per model, where they are not learned.", "node")
+    learned = _gauge("node_model_slots", "Slots that were learned.", "node", "model")
     present = _gauge("node_models_present", "Models on disk that may be used.", "node")
     for node in nodes:
         name = [node.spec.name]
         busy.add_metric(name, node.in_flight)
-        slots.add_metric(name, node.spec.slots)
+        if not node.spec.auto:
+            slots.add_metric(name, node.spec.slots)
+        for key, count in node.slots.items():
+            learned.add_metric([node.spec.name, key], count)
         present.add_metric(name, len(node.present))
-    return busy, slots, present
+    return busy, slots, learned, present
 
 
 def _models(nodes: Sequence[NodeView]) -> Iterable[Metric]:

@@ -10,18 +10,19 @@ from math import inf
 
 import msgspec
 
-from router import log
+from router import flows, log
 from router.beside import beside
 from router.core import continuation, retry
 from router.core.continuation import Plan, Unable
 from router.core.dialect import Asked, Call
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool
 from router.core.rates import Waits
 from router.core.retry import Verdict
 from router.core.trail import Trail
 from router.core.types import Failure, FailureKind, Need, NodeSpec, Outcome, Resilience
 from router.core.waits import ModelWaits
+from router.core.work import NO_WORK, Work
 from router.dispatch import Clock, Dispatch, Refused
 from router.downstream import Reply, Request
 from router.errors import UpstreamError
@@ -58,6 +59,7 @@ class Settings:
     busy_s: float
     resilience: Resilience
     continues: tuple[str, ...]
+    flows: flows.Settings
 
 
 @dataclass(slots=True)
@@ -106,6 +108,7 @@ class Passage(msgspec.Struct, eq=False):
     kept: Kept | None
     unpacked: bool
     waits: Waits
+    work: Work = NO_WORK
     trail: Trail | None = None
     relay: Relay | None = None
     plan: Plan | None = None
@@ -121,18 +124,20 @@ class Passage(msgspec.Struct, eq=False):
         means, report, trail = self.means, self.report, self.trail
         if trail is None or not trail.busy:
             self.room_until = means.clock() + means.settings.busy_s
-        attempt = Attempt(self.target) if trail is None else trail.attempt()
-        held = means.dispatch.lease(attempt, min(self.room_until, self.deadline))
+        attempt = Attempt(self.target, work=self.work) if trail is None else trail.attempt()
+        until = min(self.room_until, self.deadline, self.work.deadline)
+        held = means.dispatch.lease(attempt, until, report.id)
         async with held as lease:
             node = lease.node
             report.attempts += 1
             report.node, report.url, report.reason = node.name, node.url, lease.reason
+            report.ahead = lease.ahead
             try:
                 exchange = await self._open(lease)
                 try:
                     if exchange.status >= 400:
                         await self._judge(exchange, node)
-                    reply = await self._answer(exchange, node)
+                    reply = await self._answer(exchange, node, attempt)
                 finally:
                     exchange.close()
                     if trail is not None:
@@ -143,7 +148,9 @@ class Passage(msgspec.Struct, eq=False):
         report.ending = log.ending(reply.status)
         return reply
 
-    def _answer(self, exchange: Exchange, node: NodeSpec) -> Coroutine[None, None, Reply]:
+    def _answer(
+        self, exchange: Exchange, node: NodeSpec, attempt: Attempt
+    ) -> Coroutine[None, None, Reply]:
         """Relay what a node says: all of it, or from where another one broke off."""
         relay = self.relay
         if relay is not None and relay.begun:
@@ -155,6 +162,7 @@ class Passage(msgspec.Struct, eq=False):
         self.relay = relay = Relay(
             self.request, self.call.route, means.settings.limits, report, means.clock,
             withholds=self.call.usage is not None, kept=kept,
+            began=partial(means.dispatch.began, attempt) if means.pool.schedules else None,
         )  # fmt: skip
         return relay.run(exchange, own_lines(report, self.extra))
 
@@ -223,7 +231,7 @@ class Passage(msgspec.Struct, eq=False):
         trail = self.trail
         if trail is None:
             changes = self.asked.route.need is _PRIMARY
-            trail = self.trail = Trail(self.target, changes=changes)
+            trail = self.trail = Trail(self.target, self.work, changes=changes)
         self._went_on(trail)
         erred = b"" if self.relay is None else self.relay.erred  # held back
         if failure.kind is _ANSWERED and not failure.status and erred:

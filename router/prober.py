@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -227,6 +228,7 @@ def _observation(answers: Mapping[str, Mapping[str, object] | _Bad]) -> Observat
         present=_models(answers.get("tags")),
         resident=_models(answers.get("ps")),
         detail=detail,
+        wall=time.time(),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
 
-from router import downstream
+from router import downstream, flows
 from router.admission import Held
 from router.beside import beside
 from router.core import bodies, continuation, dialect, packed
@@ -15,6 +15,7 @@ from router.core.node import fits
 from router.core.policy import Target
 from router.core.pool import Pool
 from router.core.types import Rejected
+from router.core.work import NO_WORK, Work
 from router.dispatch import Clock, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
@@ -96,6 +97,7 @@ class Proxy:
         passage = Passage(
             self.means, request, report, call, asked, target, extra, pieces, reading_s, kept,
             unpacked, settings.waits.of(report.model),
+            self._work(request, report, route, plain),
         )  # fmt: skip
         try:
             try:
@@ -107,6 +109,14 @@ class Proxy:
         finally:
             if kept is not None:
                 kept.close()
+
+    def _work(
+        self, request: Request, report: Report, route: Route, body: bytes | bytearray
+    ) -> Work:
+        """What is to be known of a request where it may have to wait for its turn."""
+        if not self.pool.schedules:
+            return NO_WORK
+        return flows.work(request, report, route, body, self.means.settings.flows, self.clock())
 
     def _kept(self, call: Call, body: bytes | bytearray, target: Target) -> Kept | None:
         """Where to keep what the client sees of a stream that another node may go on with."""

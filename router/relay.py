@@ -70,10 +70,10 @@ class Relay:
     `kept` takes what the client has seen, for whoever works out how to go on."""
 
     __slots__ = (
-        "_before", "_chunk", "_chunks", "_clock", "_erred", "_framed", "_framing", "_head",
-        "_keep", "_kept", "_last", "_limits", "_reason", "_record_end", "_reply", "_report",
-        "_request", "_route",
-        "_stitch", "_tail", "_tail_bytes", "_taken", "_told", "_torn", "_unnamed", "_withholds",
+        "_before", "_began", "_chunk", "_chunks", "_clock", "_erred", "_framed", "_framing",
+        "_head", "_keep", "_kept", "_last", "_limits", "_reason", "_record_end", "_reply",
+        "_report", "_request", "_route", "_stitch", "_tail", "_tail_bytes", "_taken", "_told",
+        "_torn", "_unnamed", "_withholds",
     )  # fmt: skip
 
     def __init__(
@@ -86,12 +86,14 @@ class Relay:
         *,
         withholds: bool = False,
         kept: Kept | None = None,
+        began: Callable[[], None] | None = None,
     ) -> None:
         self._request = request
         self._route = route
         self._limits = limits
         self._report = report
         self._clock = clock
+        self._began = began
         self._reply: Reply | None = None
         self._framing = Framing.WHOLE
         self._torn = False
@@ -187,6 +189,8 @@ class Relay:
     def _make(self, length: int | None) -> Reply:
         report = self._report
         report.first_at = self._clock()
+        if self._began is not None:
+            self._began()
         return Reply(self._request, report.status, self._reason, self._head, length)
 
     async def _hold(self, exchange: Exchange, length: int | None) -> Reply:

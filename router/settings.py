@@ -79,7 +79,10 @@ class NodeEntry(_Section):
     slots: Slots = Field(
         "auto",
         validate_default=True,
-        description="what it serves at once per model (OLLAMA_NUM_PARALLEL); auto is 1 for now",
+        description="what it serves at once per model (OLLAMA_NUM_PARALLEL); auto learns it",
+    )
+    gpus: tuple[Size, ...] = Field(
+        (), description="memory of each of its GPUs, such as 24GiB; default: learned"
     )
     weight: Weight = Field(1.0, description="relative speed")
     models: tuple[Glob, ...] = Field(
@@ -109,7 +112,9 @@ class NodeEntry(_Section):
             host=url.host,
             port=url.port,
             prefix=url.prefix,
-            slots=self.slots,
+            slots=self.slots or 1,
+            auto=self.slots is None,
+            gpus=self.gpus,
             weight=self.weight,
             models=self.models,
             labels=self.labels,
@@ -163,10 +168,14 @@ class Routing(_Section):
     """How a node is chosen."""
 
     policy: Annotated[Policy, Field(strict=False)] = Field(
-        Policy.LEAST_IN_FLIGHT, description="least in flight for its slots and weight"
+        Policy.LEAST_IN_FLIGHT,
+        description="least in flight for its slots and weight, or the least expected delay",
     )
     digest: Annotated[Digest, Field(strict=False)] = Field(
         Digest.ANY, description="which nodes may be asked where a name has several digests"
+    )
+    flow_header: HeaderName | None = Field(
+        None, description="names whose a request is, from trusted addresses; default: the address"
     )
 
 

@@ -112,8 +112,10 @@ def _like(pattern: str, what: str) -> AfterValidator:
 
 
 def _slots(value: object) -> object:
-    value = 1 if value == "auto" else yamlfile.typed(value)
-    if isinstance(value, str):
+    if value == "auto":
+        return None
+    value = yamlfile.typed(value)
+    if value is None or isinstance(value, str):
         raise ValueError("a whole number or auto is expected")
     return value
 
@@ -148,7 +150,7 @@ Network = Annotated[
 _Bytes = Annotated[int, Field(ge=1, le=1 << 40)]
 Size = Annotated[_Bytes, BeforeValidator(_size, json_schema_input_type=_Bytes | _SizeText)]
 Slots = Annotated[
-    _Positive, BeforeValidator(_slots, json_schema_input_type=_Positive | Literal["auto"])
+    _Positive | None, BeforeValidator(_slots, json_schema_input_type=_Positive | Literal["auto"])
 ]
 _Typed = BeforeValidator(yamlfile.typed)
 Flag = Annotated[bool, _Typed]

@@ -24,7 +24,7 @@ ROOT_KEYS = (
     "accepted: listen, admin, trusted, nodes, pools, aliases, probe, routing, breaker, retry, "
     "continuation, timeouts, limits, log, cors, placement, manage, metrics"
 )
-NODE_KEYS = "accepted: name, url, slots, weight, models, labels, headers, tls, primary, cloud"
+NODE_KEYS = "accepted: name, url, slots, gpus, weight, models, labels, headers, tls, primary, cloud"
 
 
 def read(text: str, env: Mapping[str, str] = ENV) -> Config:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ async def test_status_shows_nodes_models_and_configuration() -> None:
         assert first == {
             "name": "n1", "url": r.nodes[0].url, "pool": "default", "state": "up",
             "detail": "answers", "draining": False, "ejected": [], "in_flight": 0,
-            "slots": 1, "weight": 1.0, "labels": labels,
+            "slots": 1, "slots_learned": {}, "weight": 1.0, "labels": labels,
             "version": "0.33.0", "present": [MODEL, "other:latest"], "resident": ["other:latest"],
         }  # fmt: skip
         assert (second["name"], second["slots"], second["resident"]) == ("n2", 3, [])
@@ -494,3 +495,226 @@ async def test_every_flip_of_a_breaker_is_one_line_and_one_count(
         text = await r.metrics()
         for to in ("open", "trial", "closed"):
             assert f'flips_total{{node="n1",scope="{scope}",to="{to}"}} 1.0' in text
+
+
+# What is decided, and what would be
+
+DELAY = {"policy": "expected-delay"}
+
+
+async def explained(r: Rig, **asked: Any) -> tuple[int, Any]:
+    """(status, answer) of what is explained to who asks in JSON."""
+    async with r.session.post(f"{r.admin}/explain", json={"model": MODEL, **asked}) as answer:
+        return answer.status, await answer.json()
+
+
+async def decided(r: Rig) -> list[dict[str, Any]]:
+    async with r.session.get(f"{r.admin}/decisions") as answer:
+        decisions: list[dict[str, Any]] = (await answer.json())["decisions"]
+        return decisions
+
+
+async def test_where_a_request_would_go_is_explained_node_by_node_and_not_done() -> None:
+    warm = spec(model(), warm=(MODEL,))
+    async with rig(spec(), warm, spec(model("other")), routing=DELAY) as r:
+        status, told = await explained(r, prompt_tokens=2000, flow="team")
+        assert status == 200
+        assert list(told) == ["model", "policy", "verdict", "node", "reason", "wait_s", "nodes"]
+        nodes = told.pop("nodes")
+        assert told == {
+            "model": MODEL, "policy": "expected-delay", "verdict": "now", "node": "n2",
+            "reason": "warm", "wait_s": 0.0,
+        }  # fmt: skip
+        assert [one["name"] for one in nodes] == ["n2", "n1", "n3"]
+        best, cold, other = nodes
+        assert (best["wait_s"], best["load_s"], best["barred"]) == (0.0, 0.0, None)
+        assert cold["load_s"] > 0
+        assert best["total_s"] == best["answer_s"] < cold["total_s"]
+        assert other.pop("barred") == "does not have the model"
+        assert other == {
+            "name": "n3", "total_s": None, "wait_s": None, "load_s": None, "answer_s": None
+        }  # fmt: skip
+        assert await answered_by(r) == "n2"
+        assert len(await decided(r)) == 1
+
+
+async def test_the_query_says_the_same_as_a_body() -> None:
+    async with rig(spec(model(), warm=(MODEL,)), routing=DELAY) as r:
+        asked = {"prompt_tokens": 10, "num_ctx": 8192, "max_tokens": 7, "flow": "f"}
+        query = "&".join(f"{name}={value}" for name, value in asked.items())
+        assert await said(r, f"/explain?model={MODEL}&{query}") == await explained(r, **asked)
+
+
+async def test_what_would_wait_is_told_for_which_node_and_how_long() -> None:
+    async with rig(spec(model(), warm=(MODEL,)), routing=DELAY) as r:
+        r.nodes[0].fault = Fault(FaultKind.STALL, after=1)
+        async with r.chat() as running:
+            await running.content.readline()
+            _, told = await explained(r)
+            assert (told["verdict"], told["node"], told["reason"]) == ("waits", "n1", "warm")
+            assert told["wait_s"] == told["nodes"][0]["wait_s"] > 0
+            r.nodes[0].release()
+            await running.read()
+        _, told = await explained(r)
+        assert told["verdict"] == "now"
+
+
+async def test_without_a_wait_to_tell_of_none_is_told() -> None:
+    async with rig(spec(), spec(), breaker={"jitter": 0.0}) as r:
+        _, told = await explained(r)
+        assert (told["policy"], told["verdict"]) == ("least-in-flight", "now")
+        assert (told["node"], told["reason"]) == ("n1", "least-in-flight")
+        assert [one["total_s"] for one in told["nodes"]] == [None, None]
+        await said(r, "/drain?node=n2")
+        r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
+        waiting = asyncio.create_task(r.chat().__aenter__())
+        await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 1)
+        _, told = await explained(r)
+        waiting.cancel()
+        assert (told["verdict"], told["node"], told["wait_s"]) == ("waits", None, None)
+        assert [one["barred"] for one in told["nodes"]] == ["busy", "drained"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "barred"),
+    [
+        ("nowhere", "no-model", "does not have the model"),
+        ("nowhere@n1", "not-on-pin", "does not have the model"),
+        (MODEL, "drained", "drained"),
+    ],
+)
+async def test_what_would_be_refused_is_told_in_the_words_of_the_metrics(
+    name: str, reason: str, barred: str
+) -> None:
+    async with rig() as r:
+        if reason == "drained":
+            await said(r, "/drain?node=n1")
+        status, told = await explained(r, model=name)
+        assert (status, told["verdict"], told["reason"]) == (200, "refused", reason)
+        assert (told["node"], told["wait_s"]) == (None, None)
+        assert [one["barred"] for one in told["nodes"]] == [barred]
+        await answered_by(r, model=name)
+        assert f'ollamux_decisions_total{{reason="{reason}"}} 1.0' in await r.metrics()
+
+
+async def test_a_cloud_model_on_a_node_that_may_not_be_asked_for_it_is_refused() -> None:
+    async with rig(spec(), spec(), entries=[{}, {"cloud": True}]) as r:
+        status, told = await explained(r, model="big:cloud@n1")
+        assert status == 200
+        assert (told["verdict"], told["reason"], told["nodes"]) == ("refused", "unmarked", [])
+
+
+async def test_what_placement_leaves_out_is_said_so() -> None:
+    placement = [{"models": ["llama3*"], "nodes": ["n2"]}]
+    async with rig(spec(), spec(), placement=placement) as r:
+        _, told = await explained(r)
+        assert (told["verdict"], told["node"]) == ("now", "n2")
+        assert told["nodes"][1]["barred"] == "placement, path or marks leave it out"
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "error"),
+    [
+        (b"", "", "required field `model`"),
+        (b"{}", "", "required field `model`"),
+        (b'{"model": ""}', "", "length >= 1"),
+        (b'{"model": 1}', "", "`$.model`"),
+        (b"\xff", "", "malformed"),
+        (b'{"model": "m\xff"}', "", "utf-8"),
+        (b"[]", "", "object"),
+        (b'{"model": "m", "promt_tokens": 1}', "", "`promt_tokens`"),
+        (b'{"model": "m", "prompt_tokens": -1}', "", "`$.prompt_tokens`"),
+        (b'{"model": "m", "num_ctx": 0}', "", "`$.num_ctx`"),
+        (b'{"model": "m", "flow": "%b"}' % (b"f" * 201), "", "`$.flow`"),
+        (b'{"model": "m"}', "?model=m", "not in both"),
+        (b"", "?model=m&num_ctx=many", "`$.num_ctx`"),
+        (b"", "?model=m&model=n", "model is given more than once"),
+        (b'{"model": "a b"}', "", "invalid model name"),
+        (b'{"model": "m@n9:1"}', "", "no such node; the nodes are: n1 (http://"),
+    ],
+)
+async def test_a_mistake_in_what_is_to_be_explained_is_told(
+    body: bytes, query: str, error: str
+) -> None:
+    async with rig() as r, r.session.post(f"{r.admin}/explain{query}", data=body) as answer:
+        told = await answer.json()
+        assert (answer.status, list(told)) == (400, ["error"])
+        assert error in told["error"]
+
+
+async def test_too_much_to_be_explained_is_not_read() -> None:
+    async with rig() as r:
+        assert (await explained(r, flow="f" * 70_000))[0] == 413
+
+
+async def test_explaining_needs_the_token_and_a_post() -> None:
+    async with guarded("127.0.0.1:0", TOKEN) as admin:
+        for wrong in (None, "wrong"):
+            assert (await admin.post(f"/explain?model={MODEL}", wrong))[0] == 401
+        assert (await admin.post(f"/explain?model={MODEL}", TOKEN))[0] == 200
+        async with admin.session.get(f"{admin.url}/explain?model={MODEL}") as answer:
+            assert (answer.status, answer.headers["Allow"]) == (405, "POST")
+
+
+async def test_the_last_decisions_are_told_the_latest_first() -> None:
+    names = spec(model(), model("other"), warm=(MODEL,))
+    async with rig(names, routing=DELAY) as r:
+        before, reasons = time.time(), []
+        for name in (MODEL, "other", "nowhere"):
+            async with r.chat(model=name, stream=False) as answer:
+                await answer.read()
+                reasons.append(
+                    (answer.headers["X-Ollamux-Reason"], answer.headers["X-Ollamux-Request-Id"])
+                )
+        load, warm = await decided(r)
+        assert before - 1 < warm["at"] <= load["at"] < time.time() + 1
+        assert [(one["reason"], one["request"]) for one in (warm, load)] == reasons[:2]
+        assert [one.pop("model") for one in (warm, load)] == [MODEL, "other:latest"]
+        assert [one["reason"] for one in (warm, load)] == ["warm", "load"]
+        assert list(warm) == ["at", "request", "node", "reason", "waited_s", "expected_s"]
+        assert (warm["node"], warm["waited_s"]) == ("n1", 0.0)
+        assert load["expected_s"] > warm["expected_s"] >= 0
+        text = await r.metrics()
+        for reason in ("warm", "load", "no-model"):
+            assert f'ollamux_decisions_total{{reason="{reason}"}} 1.0' in text
+
+
+async def test_a_known_beginning_of_a_prompt_is_a_reason_of_its_own() -> None:
+    async with rig(spec(model(), warm=(MODEL,)), routing=DELAY) as r:
+        for _ in range(2):
+            async with r.chat(prompt="", messages=[{"role": "user", "content": "so " * 9000}]) as a:
+                await a.read()
+                reason = a.headers["X-Ollamux-Reason"]
+        assert reason == "cached"
+        assert [one["reason"] for one in await decided(r)] == ["cached", "warm"]
+        assert 'ollamux_decisions_total{reason="cached"} 1.0' in await r.metrics()
+
+
+async def test_no_more_decisions_are_kept_than_a_few_hundred() -> None:
+    async with rig(spec(num_parallel=9)) as r:
+
+        async def one() -> None:
+            async with r.session.post(f"{r.url}/api/show", json={"model": MODEL}) as answer:
+                await answer.read()
+
+        for _ in range(65):
+            await asyncio.gather(*(one() for _ in range(4)))
+        found = await decided(r)
+        assert len(found) == 256
+        assert all(one["expected_s"] is None for one in found)
+
+
+async def test_how_long_a_request_has_waited_is_told() -> None:
+    async with rig(spec(model(), warm=(MODEL,)), routing=DELAY) as r:
+        r.nodes[0].fault = Fault(FaultKind.STALL, after=1, times=1)
+        async with r.chat() as running:
+            await running.content.readline()
+            waiting = asyncio.create_task(answered_by(r))
+            await r.until(lambda: r.app.pool.waiting == 1)
+            r.nodes[0].release()
+            await running.read()
+        assert await waiting == "n1"
+        second, first = await decided(r)
+        assert first["waited_s"] == 0.0
+        assert second["waited_s"] >= 0.0
+        assert second["at"] >= first["at"]

@@ -105,6 +105,8 @@ def test_schema_is_the_shipped_one(capsys: pytest.CaptureFixture[str]) -> None:
         ["serve", "--config"],
         ["demo", "--twice"],
         ["nodes", "--url", "x"],
+        ["explain"],
+        ["explain", "m", "--prompt-tokens", "many"],
         ["drain"],
         ["undrain", "n1", "n2"],
         ["undrain", "n1", "--wait"],
@@ -124,7 +126,15 @@ def test_bad_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["serve", "--help"], ["nodes", "-h"], ["demo", "-h"], ["drain", "-h"]]
+    "argv",
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["nodes", "-h"],
+        ["demo", "-h"],
+        ["drain", "-h"],
+        ["explain", "-h"],
+    ],
 )
 def test_help_is_exit_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -426,3 +436,98 @@ def test_drain_where_nothing_listens_is_one_line_and_exit_1(
     assert out == ""
     assert err.startswith(f"ollamux: {verb} n1: ")
     assert len(err.splitlines()) == 1
+
+
+async def explain(url: str, *argv: str) -> int:
+    return await command("explain", *argv, "--admin", url)
+
+
+async def test_explain_prints_what_each_node_would_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warm = spec(model(), warm=(MODEL,))
+    routing = {"policy": "expected-delay"}
+    async with rig(spec(), warm, spec(model("other")), routing=routing) as r:
+        asked = ("--prompt-tokens", "2000", "--num-ctx", "4096", "--flow", "team")
+        assert await explain(r.admin, MODEL, *asked) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        verdict, empty, head, first, second, third, between, note = out.splitlines()
+        assert verdict == f"{MODEL} gets n2 now: warm (expected-delay)"
+        assert (empty, between) == ("", "")
+        assert cells(head) == ["NODE", "TOTAL", "WAIT", "LOAD", "ANSWER"]
+        assert [cells(row)[0] for row in (first, second, third)] == ["n2", "n1", "n3"]
+        assert cells(first)[2:4] == ["0.00", "0.00"]
+        assert float(cells(second)[1]) > float(cells(first)[1])
+        assert cells(third)[1:] == ["-"] * 4
+        assert note == "n3: does not have the model"
+        assert await explain(r.admin, f"{MODEL}@n1", "--num-ctx", "8192") == 0
+        assert capsys.readouterr().out.startswith(f"{MODEL} gets n1 now: load (expected-delay)\n")
+
+
+WEIGHED = {"name": "n1", "barred": None, "total_s": 2.0, "wait_s": 1.5, "load_s": 0.0}
+EXPLAINED = {
+    "model": "m", "policy": "expected-delay", "verdict": "waits", "node": "n1", "reason": "warm",
+    "wait_s": 1.5, "nodes": [{**WEIGHED, "answer_s": 0.5}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "verdict"),
+    [
+        ({}, "m waits for n1, about 1.50 s (expected-delay)"),
+        ({"node": None, "wait_s": None, "nodes": []}, "m waits (expected-delay)"),
+        (
+            {"verdict": "refused", "node": None, "reason": "no-model", "nodes": []},
+            "m is refused: no-model (expected-delay)",
+        ),
+    ],
+)
+async def test_explain_says_first_what_would_become_of_it(
+    told: dict[str, Any], verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with answering({}, json.dumps({**EXPLAINED, **told}).encode()) as (url, _):
+        assert await explain(url, "m") == 0
+    assert capsys.readouterr().out.splitlines()[0] == verdict
+
+
+async def test_explain_fits_a_hundred_columns_and_obeys_nobody(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = {**WEIGHED, "name": "n" * 90, "answer_s": 1e9, "barred": "down: \x1b[2J " + "it " * 60}
+    told = {**EXPLAINED, "model": "m" * 90, "nodes": [long]}
+    async with answering({}, json.dumps(told).encode()) as (url, _):
+        assert await explain(url, "m") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "?[2J" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"nodes": [{}]}', b'{"nodes": null}'])
+async def test_explain_of_something_else_is_one_line_and_exit_1(
+    body: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with answering({}, body) as (url, _):
+        assert await explain(url, "m") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ollamux: explain m: ")
+    assert len(err.splitlines()) == 1
+
+
+async def test_explain_tells_a_mistake_in_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(admin={"listen": "127.0.0.1:0", "token": "hush-hush"}) as r:
+        for token, argv, error in (
+            ("", (MODEL,), "the admin token is needed: .* \\(OLLAMUX_ADMIN_TOKEN\\)"),
+            ("hush-hush", ("a b",), "invalid model name"),
+            ("hush-hush", (MODEL, "--num-ctx", "0"), "Expected `int` >= 1 - at `\\$.num_ctx`"),
+            ("hush-hush", (f"{MODEL}@n9:1",), "no such node; the nodes are: n1 .*"),
+        ):
+            monkeypatch.setenv("OLLAMUX_ADMIN_TOKEN", token)
+            assert await explain(r.admin, *argv) == 1
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert re.fullmatch(f"ollamux: explain {re.escape(argv[0])}: {error}\n", err)

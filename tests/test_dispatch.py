@@ -9,8 +9,8 @@ from math import inf
 import pytest
 
 from router.core.names import parse
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool
 from router.core.types import (
     Ejection,
     Failure,

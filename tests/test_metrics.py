@@ -9,6 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router import __version__
+from router.core.policy import Attempt, Target
+from router.core.pool import Queued
 from router.core.usage import Source, Usage
 from router.log import Ending, Report
 from router.metrics import Metrics
@@ -67,7 +69,11 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_node_ejected": ("gauge", {"node"}),
     "ollamux_node_model_ejected": ("gauge", {"node", "model"}),
     "ollamux_breaker_flips": ("counter", {"node", "scope", "to"}),
+    "ollamux_queue_depth": ("gauge", {"priority"}),
+    "ollamux_queue_wait_seconds": ("histogram", {"priority"}),
+    "ollamux_queue_expected_wait_seconds": ("histogram", {"priority"}),
     "ollamux_node_in_flight": ("gauge", {"node"}),
+    "ollamux_node_model_slots": ("gauge", set()),  # nothing was learned
     "ollamux_node_slots": ("gauge", {"node"}),
     "ollamux_node_models_present": ("gauge", {"node"}),
     "ollamux_node_model_resident": ("gauge", {"node", "model"}),
@@ -94,6 +100,7 @@ async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
         await r.look()
         await chat(r)
         r.app.metrics.requests.count(report(attempts=2), ended=20.0)
+        r.app.metrics.wait(Queued(Attempt(Target()), 1.0), 2.0)
         for node in r.nodes:
             node.fault = Fault(FaultKind.STATUS, model="odd", times=1)
         await chat(r, model="odd")
@@ -357,7 +364,7 @@ CHUNKS = Usage(completion_tokens=5, source=Source.CHUNKS)
 
 
 def counted(*reports: Report, ended: float) -> Samples:
-    metrics = Metrics(list, {})
+    metrics = Metrics(list, dict, {})
     for report in reports:
         metrics.requests.count(report, ended)
     return read(metrics.render().decode())

@@ -311,7 +311,7 @@ def test_a_mistake_in_a_node_is_told_once(entry: str, expected: str) -> None:
         ("probe:", "2:7: probe: is empty: give a value or remove it"),
         (
             "routing: {policy: random}",
-            "2:19: routing.policy: accepted: 'least-in-flight', found 'random'",
+            "2:19: routing.policy: accepted: 'least-in-flight' or 'expected-delay', found 'random'",
         ),
         ("timeouts: {total_s: 5}", f"2:12: timeouts.total_s: unknown key; {TIMEOUT_KEYS}"),
         (

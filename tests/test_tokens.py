@@ -51,7 +51,7 @@ async def test_a_stream_is_counted_as_the_whole_answer_is(path: str) -> None:
     async with rig() as r:
         whole = await post(r, path, body(stream=False))
         told = tokens(r)
-        assert usage.read(whole) == usage.Usage(*told, *durations(whole))
+        assert usage.read(whole) == usage.Usage(*told, **durations(whole))
         assert None not in told
         await post(r, path, body(stream=True))
         assert tokens(r) == told
@@ -64,12 +64,12 @@ async def test_a_stream_is_counted_as_the_whole_answer_is(path: str) -> None:
         assert total(samples, "ollamux_time_to_first_token_seconds_count", endpoint=path) == 2
 
 
-def durations(whole: bytes) -> tuple[float | None, float | None, float | None]:
-    """Of the load, the answer and the prompt, in seconds, where it tells them."""
+def durations(whole: bytes) -> dict[str, Any]:
+    """In seconds, where it tells them."""
     told = json.loads(whole)
-    spent = [told.get(f"{what}_duration") for what in ("load", "eval", "prompt_eval")]
-    load, answer, prompt = (None if one is None else one / 1e9 for one in spent)
-    return load, answer, prompt
+    names = {"load_s": "load", "eval_s": "eval", "prompt_s": "prompt_eval", "total_s": "total"}
+    spent = {name: told.get(f"{what}_duration") for name, what in names.items()}
+    return {name: None if one is None else one / 1e9 for name, one in spent.items()}
 
 
 @pytest.mark.parametrize(

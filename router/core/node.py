@@ -133,6 +133,12 @@ class Node:
             return True
         return self.may_use(model.key) if model.cloud else model.key in self.present
 
+    def size(self, key: str) -> float:
+        """Bytes of a model on its disk; 0 where that is not known."""
+        model = self.present.get(key)
+        size = None if model is None else model.entry.get("size")
+        return float(size) if isinstance(size, int) else 0.0
+
     def digest(self, key: str) -> str:
         """Which model it has under this name; empty where that is not known."""
         return self.present[key].digest if key in self.present else ""

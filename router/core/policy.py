@@ -10,6 +10,9 @@ from router.core.bounds import Bounds
 from router.core.names import Name, Pin, pinned
 from router.core.node import Node
 from router.core.types import Reason, Refusal, Rejected, Resilience, Scope
+from router.core.work import NO_WORK, Work
+
+BUSY = "busy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,22 @@ class Target:
     known: bool = field(default=False, compare=False)
     scope: Scope | None = None
     bounds: Bounds | None = field(default=None, compare=False)
+
+
+class Attempt(msgspec.Struct, frozen=True, eq=False):
+    """One try on one node. Each has an identity of its own: it enters and leaves once.
+
+    `tried`: urls of nodes that are not to be asked. `digest`: of the model, where it has to be the
+    very same. `answered`: the url of the node whose answer is the reason for another try. `met`:
+    urls of those that have failed this request at any time: others go before them.
+    """
+
+    target: Target
+    tried: Collection[str] = frozenset()
+    digest: str = ""
+    answered: str = ""
+    work: Work = NO_WORK
+    met: Collection[str] = frozenset()
 
 
 class Eligible(msgspec.Struct, frozen=True, eq=False):
@@ -201,9 +220,35 @@ def _pinned(
     return _full(found, key, now) or Eligible(found, Reason.PINNED)
 
 
+def why_not(node: Node, target: Target, now: float) -> str:
+    """What keeps a request for this from a node, first of all; empty where nothing of its does."""
+    model, bounds = target.model, target.bounds
+    key = "" if model is None else model.key
+    if target.pin is not None and not pinned(target.pin, [node.spec]):
+        return "another node is pinned"
+    if bounds is not None and node.spec.url not in bounds.only:
+        return "placement, path or marks leave it out"
+    if bounds is not None and node.spec.url in bounds.old:
+        return f"its version {node.version} is too old"
+    if not node.up:
+        return f"down: {node.detail}"
+    if node.draining:
+        return "drained"
+    if not node.serves(model):
+        return "does not have the model"
+    if node.busy_until(key, now) is not None:
+        return BUSY
+    return "" if node.lets(key, now) else "ejected"
+
+
 def pick(nodes: Sequence[Node], rules: Resilience, now: float) -> Node:
     """Least in flight for its size; among equals the one whose turn is longest ago."""
     if len(nodes) == 1:
         return nodes[0]
     slow_start_s = rules.slow_start_s
     return min(nodes, key=lambda node: (node.load(now, slow_start_s), node.turn))
+
+
+def order(nodes: Sequence[Node], rules: Resilience, now: float) -> Sequence[Node]:
+    """As they would be picked, were the ones before not there."""
+    return sorted(nodes, key=lambda node: (node.load(now, rules.slow_start_s), node.turn))

@@ -1,6 +1,6 @@
 """The one owner of nodes and leases. Synchronous; told the time; returns what to do."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 
 import msgspec
@@ -9,10 +9,11 @@ from router.core import policy
 from router.core.bounds import Conflicts, Rules, conflicts
 from router.core.breaker import Ground, Roll
 from router.core.node import Node
-from router.core.policy import Target
+from router.core.policy import Attempt, Eligible, Target
 from router.core.rates import Waits
 from router.core.resolver import Resolver
 from router.core.retry import Budget
+from router.core.scheduler import Placed, Scheduler
 from router.core.types import (
     FailureKind,
     Flip,
@@ -23,40 +24,43 @@ from router.core.types import (
     NodeView,
     Observation,
     Outcome,
+    Policy,
     Reason,
     Refusal,
     Rejected,
     Scope,
     Sign,
     Topology,
+    Weighed,
 )
 from router.core.usage import Usage
+from router.core.work import Priority, Work
 
 _NO_NEED = Need.NONE
 _BYTES_PER_TOKEN = 4
+_AGAIN_S = 0.25  # what a wait is worth changes with time, too
+_WAITING_MAX, _ALIKE_MAX = 2048, 256  # in all, and of one flow
 _TOKENS_MAX = 262_144  # no model reads more; a larger body is an image
 
 
-class Attempt(msgspec.Struct, frozen=True, eq=False):
-    """One try on one node. Each has an identity of its own: it enters and leaves once.
-
-    `tried`: urls of nodes that are not to be asked. `digest`: of the model, where it has to be the
-    very same. `answered`: the url of the node whose answer is the reason for another try.
-    """
-
-    target: Target
-    tried: Collection[str] = frozenset()
-    digest: str = ""
-    answered: str = ""
-
-
 class Lease(msgspec.Struct, frozen=True, eq=False):
-    """The right to have `attempt` in flight on `node`."""
+    """The right to have `attempt` in flight on `node`. `ahead`: how many requests for the model
+    are there already, where that matters; `expected_s`: when the answer is expected to begin."""
 
     attempt: Attempt
     node: NodeSpec
     reason: Reason
     flips: Sequence[Flip] = ()
+    ahead: int = 0
+    expected_s: float | None = None
+
+
+class Queued(msgspec.Struct, frozen=True, eq=False):
+    """`attempt` waits for a node: `granted` will tell of it, unless it leaves. `expected_s`: for
+    how long, as far as can be told now."""
+
+    attempt: Attempt
+    expected_s: float
 
 
 class _Held(msgspec.Struct, frozen=True, eq=False):
@@ -79,6 +83,11 @@ class Pool:
         self._leases: dict[Attempt, _Held] = {}
         self._ground = Ground(topology.resilience, roll)
         self._budget = Budget()
+        self._scheduler = Scheduler()
+        self._paid: set[Attempt] = set()  # of those that wait
+        self._touched: set[Node] = set()  # where something has happened since they were looked at
+        self._came: set[str] = set()  # models that somebody waits for since then
+        self._again_at = 0.0
         self._conflicts: Conflicts = {}
         self._listed: Sequence[tuple[str, Mapping[str, Model]]] = ()
         self.reconfigure(topology, now)
@@ -103,7 +112,10 @@ class Pool:
         self._leaving = [
             node for url, node in before.items() if url not in self._nodes and node.in_flight
         ]
+        self._again_at = 0.0
         self._resolver = Resolver(self._pools, self._rules, topology)
+        self._scheduler.keep([*self._nodes.values(), *self._leaving])
+        self._touched.clear()
         self.revision += 1
 
     @staticmethod
@@ -216,25 +228,151 @@ class Pool:
         if node is not None:
             node.seen = used
 
+    def explain(self, target: Target, work: Work, now: float) -> Sequence[Weighed]:
+        """What each node would cost a request, the best first; then why the others may not have
+        it. From the code that decides, without a decision."""
+        attempt = Attempt(target, work=work)
+        found, model = self._eligible(attempt, now), target.model
+        best: Sequence[Weighed] = ()
+        if isinstance(found, Eligible):
+            if self.schedules and model is not None and not model.cloud:
+                nodes_of = self._nodes_of(now)
+                best = self._scheduler.weigh(attempt, model.key, found.nodes, nodes_of, now)
+            else:
+                nodes = policy.order(found.nodes, self._ground.rules, now)
+                best = [Weighed(n.spec, reason=found.reason, now=True) for n in nodes]
+        urls = {one.node.url for one in best}
+        others = [node for url, node in self._nodes.items() if url not in urls]
+        return [*best, *(_barred(node, target, now) for node in others)]
+
     # The lease of one attempt.
 
-    def submit(self, attempt: Attempt, now: float) -> Lease | Rejected:
-        """Choose a node and count the attempt on it, in one step."""
-        ground, target, paid = self._ground, attempt.target, False
-        key = "" if target.model is None else target.model.key
-        pools = self._having(key, attempt.digest) if attempt.digest else self._pools
-        found = policy.eligible(pools, target, attempt.tried, ground.rules, now)
+    def submit(self, attempt: Attempt, now: float) -> Lease | Queued | Rejected:
+        """Choose a node and count the attempt on it, in one step; or have it wait for one."""
+        target, paid = attempt.target, False
+        found = self._eligible(attempt, now)
         if isinstance(found, Rejected):
             return found
         if attempt.answered:
             paid = self._is_open(attempt.answered, target, now)
-            if paid and not self._budget.take(len(self._leases), ground.rules, now):
+            if paid and not self._budget.take(len(self._leases), self._ground.rules, now):
                 return Rejected(Refusal.BUDGET)
-        node = policy.pick(found.nodes, ground.rules, now)
+        if self.schedules and target.model is not None and not target.model.cloud:
+            return self._schedule(attempt, target.model.key, now, paid=paid)
+        node = policy.pick(found.nodes, self._ground.rules, now)
+        return self._lease(attempt, node, found.reason, now, paid=paid)
+
+    def _eligible(self, attempt: Attempt, now: float) -> Eligible | Rejected:
+        target = attempt.target
+        pools: Sequence[Sequence[Node]] = self._pools
+        if attempt.digest and target.model is not None:
+            pools = self._having(target.model.key, attempt.digest)
+        found = policy.eligible(pools, target, attempt.tried, self._ground.rules, now)
+        if attempt.met and not isinstance(found, Rejected):
+            others = [node for node in found.nodes if node.spec.url not in attempt.met]
+            return Eligible(others or found.nodes, found.reason)
+        return found
+
+    def _lease(
+        self,
+        attempt: Attempt,
+        node: Node,
+        reason: Reason,
+        now: float,
+        *,
+        paid: bool,
+        ahead: int = 0,
+        expected_s: float | None = None,
+    ) -> Lease:
+        ground, model = self._ground, attempt.target.model
+        key = "" if model is None else model.key
         ground.turn += 1
         flips = node.lease(key, ground, now)
         self._leases[attempt] = _Held(node, key, ground.turn, paid)
-        return Lease(attempt, node.spec, found.reason, flips)
+        return Lease(attempt, node.spec, reason, flips, ahead, expected_s)
+
+    # Those that wait.
+
+    @property
+    def schedules(self) -> bool:
+        """Whether requests may wait here, and it matters how much work they are."""
+        return self._topology.policy is Policy.EXPECTED_DELAY
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a node."""
+        return len(self._scheduler.queue)
+
+    def _schedule(
+        self, attempt: Attempt, key: str, now: float, *, paid: bool
+    ) -> Lease | Queued | Rejected:
+        work, queue = attempt.work, self._scheduler.queue
+        full = len(queue) >= _WAITING_MAX
+        if full or queue.waiting(work.flow) >= _ALIKE_MAX:
+            if paid:
+                self._budget.give()
+            return Rejected(Refusal.FULL if full else Refusal.CROWDED)
+        if paid:
+            self._paid.add(attempt)
+        one, placed = self._scheduler.submit(attempt, key, self._nodes_of(now), now)
+        if placed:
+            return self._placed(placed[0], now)
+        if work.deadline < now + one.expected_s < inf:
+            self.leave(attempt, Outcome(told=False), now)
+            return Rejected(Refusal.LATE, after_s=one.expected_s)
+        self._came.add(key)
+        return Queued(attempt, one.expected_s)
+
+    def _placed(self, found: Placed, now: float) -> Lease:
+        paid = found.attempt in self._paid
+        self._paid.discard(found.attempt)
+        attempt, node = found.attempt, found.node
+        return self._lease(
+            attempt, node, found.reason, now, paid=paid, ahead=found.ahead,
+            expected_s=found.first_s,
+        )  # fmt: skip
+
+    def _nodes_of(self, now: float) -> Callable[[Attempt], Sequence[Node]]:
+        """The nodes that may be asked for each of those that wait: worked out once for those that
+        ask for the same."""
+        known: dict[object, Sequence[Node]] = {}
+
+        def nodes_of(attempt: Attempt) -> Sequence[Node]:
+            target = attempt.target
+            model = None if target.model is None else target.model.key
+            asks = (model, target.pin, target.scope, target.bounds)
+            same = (asks, frozenset(attempt.tried), frozenset(attempt.met), attempt.digest)
+            nodes = known.get(same)
+            if nodes is None:
+                found = self._eligible(attempt, now)
+                nodes = known[same] = () if isinstance(found, Rejected) else found.nodes
+            return nodes
+
+        return nodes_of
+
+    def granted(self, now: float) -> Sequence[Lease | tuple[Attempt, Rejected]]:
+        """Those that wait no longer. To be asked whenever the pool was told something."""
+        touched, self._touched = self._touched, set()
+        came, self._came = self._came, set()
+        if not self.waiting:
+            return ()
+        everywhere = now >= self._again_at or self._scheduler.unbarred
+        if everywhere:
+            self._again_at, self._scheduler.unbarred = now + _AGAIN_S, False
+        elif not touched and not came:
+            return ()
+        where = None if everywhere else touched
+        placed = self._scheduler.pass_(self._nodes_of(now), now, where, came)
+        if self._scheduler.spared:
+            self._again_at = 0.0
+        return [self._placed(found, now) for found in placed]
+
+    def began(self, attempt: Attempt, now: float) -> None:
+        """The first record of its answer is there."""
+        held = self._leases.get(attempt)
+        if held is not None and self.schedules:
+            self._scheduler.began(attempt, held.node, held.key, now)
+            self._touched.add(held.node)
 
     def _having(self, key: str, digest: str) -> Sequence[Sequence[Node]]:
         return [[n for n in nodes if n.digest(key) == digest] for nodes in self._pools]
@@ -251,13 +389,23 @@ class Pool:
         """The one way out, for an attempt that was leased and for one that was not."""
         held = self._leases.pop(attempt, None)
         if held is None:
+            self._scheduler.leave(attempt, None, "", now, good=False)
+            self._again_at = 0.0  # others may have waited for its sake
+            if attempt in self._paid:
+                self._paid.discard(attempt)
+                self._budget.give()
             return ()
         node, failure = held.node, outcome.failure
+        good = failure is None and outcome.told
+        self._scheduler.leave(attempt, node, held.key, now, good=good)
+        self._touched.add(node)
         if held.paid:
             self._budget.give()
         flips = node.leave(held.key, held.turn, outcome, self._ground, now)
         if not node.in_flight and node in self._leaving:
             self._leaving.remove(node)
+            self._touched.discard(node)
+            self._scheduler.keep([*self._nodes.values(), *self._leaving])
         if failure is None:
             return flips
         if failure.kind is FailureKind.FIRST_BYTE_TIMEOUT:
@@ -283,12 +431,16 @@ class Pool:
         node = self._nodes.get(url)
         return "" if node is None or target.model is None else node.digest(target.model.key)
 
-    def learn(self, url: str, key: str, told: Usage) -> None:
-        """Take what the final record of an answer told of the node's speed."""
+    def learn(
+        self, url: str, key: str, told: Usage, flow: str = "", ahead: int = 0, now: float = 0.0
+    ) -> None:
+        """Take what the final record of an answer told of the node's speed, to a request of this
+        flow that had so many for the same model before it."""
         node = self._nodes.get(url)
         replica = None if node is None else node.replicas.get(key)
-        if replica is not None:
+        if node is not None and replica is not None:
             replica.rates.learn(told)
+            self._scheduler.learn(node, key, flow, told, ahead, now)
 
     def first_byte_s(self, lease: Lease, waits: Waits, body_bytes: int, *, streams: bool) -> float:
         """How long the answer to a leased request may take to begin."""
@@ -310,6 +462,7 @@ class Pool:
         [node] = [self._nodes[url] for url in scope.urls]
         if node.drain(draining=draining):
             self.revision += 1
+            self._again_at = 0.0
         return node.spec
 
     @property
@@ -332,6 +485,9 @@ class Pool:
             return ()
         if node.learn(seen):
             self.revision += 1
+        if seen.resident is not None and self.schedules:
+            self._scheduler.see(node, now, seen.wall)
+            self._touched.add(node)
         if seen.sign is None:
             return ()
         return self._feel(node, seen.sign, seen.detail, now)
@@ -343,6 +499,9 @@ class Pool:
         if was is health:
             return ()
         self.revision += 1
+        self._again_at = 0.0
+        if health is Health.DOWN:
+            self._scheduler.lost(node)
         if was is Health.DOWN:
             node.full_at = now + topology.resilience.slow_start_s
         return [Flip(node.spec.name, was, health, detail)]
@@ -380,24 +539,37 @@ class Pool:
 
     def snapshot(self) -> Sequence[NodeView]:
         """All nodes in the order of the configuration, then those that are leaving."""
-        return [_view(node, leaving=False) for node in self._nodes.values()] + [
-            _view(node, leaving=True) for node in self._leaving
+        return [self._view(node, leaving=False) for node in self._nodes.values()] + [
+            self._view(node, leaving=True) for node in self._leaving
         ]
 
+    def queued(self) -> Mapping[str, int]:
+        """How many requests wait, by priority."""
+        found = dict.fromkeys((priority.name.lower() for priority in Priority), 0)
+        for one in self._scheduler.queue:
+            found[one.attempt.work.priority.name.lower()] += 1
+        return found
 
-def _view(node: Node, *, leaving: bool) -> NodeView:
-    return NodeView(
-        spec=node.spec,
-        pool=node.pool,
-        health=node.health,
-        since=node.since,
-        detail=node.detail,
-        suspect=node.suspect,
-        leaving=leaving,
-        draining=node.draining,
-        ejected=node.ejected(),
-        in_flight=node.in_flight,
-        version=node.version,
-        present=node.present,
-        resident=node.resident,
-    )
+    def _view(self, node: Node, *, leaving: bool) -> NodeView:
+        slots = self._scheduler.learned(node) if node.spec.auto else {}
+        return NodeView(
+            spec=node.spec,
+            pool=node.pool,
+            health=node.health,
+            since=node.since,
+            detail=node.detail,
+            suspect=node.suspect,
+            leaving=leaving,
+            draining=node.draining,
+            ejected=node.ejected(),
+            in_flight=node.in_flight,
+            version=node.version,
+            present=node.present,
+            resident=node.resident,
+            slots=slots,
+        )
+
+
+def _barred(node: Node, target: Target, now: float) -> Weighed:
+    why = policy.why_not(node, target, now)
+    return Weighed(node.spec, why or "others go before it", later=why == policy.BUSY)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from router.core import retry
-from router.core.policy import Target
-from router.core.pool import Attempt
+from router.core.policy import Attempt, Target
 from router.core.retry import Verdict
 from router.core.types import Failure, FailureKind, NodeSpec, Outcome, Resilience
+from router.core.work import NO_WORK, Work
 
 _BUSY, _ANSWERED = FailureKind.BUSY, FailureKind.ANSWERED
 _ANSWERS = frozenset((_ANSWERED, FailureKind.MISSING))  # what costs budget
@@ -19,19 +19,22 @@ class Trail:
     record, by their urls.
     """
 
-    __slots__ = ("_answered", "_changes", "_target", "digest", "met", "tried")
+    __slots__ = ("_answered", "_changes", "_target", "_work", "digest", "met", "tried")
 
-    def __init__(self, target: Target, *, changes: bool = False) -> None:
+    def __init__(self, target: Target, work: Work = NO_WORK, *, changes: bool = False) -> None:
         self.digest = ""  # of the model, once another node has to go on with its answer
         self.met: list[tuple[NodeSpec, Failure]] = []
         self.tried: set[str] = set()
         self._target = target
+        self._work = work
         self._changes = changes
         self._answered = ""
 
     def attempt(self) -> Attempt:
         """The next one."""
-        return Attempt(self._target, frozenset(self.tried), self.digest, self._answered)
+        met = frozenset(node.url for node, one in self.met if one.kind is not _BUSY)
+        tried = frozenset(self.tried)
+        return Attempt(self._target, tried, self.digest, self._answered, self._work, met)
 
     def failed(self, node: NodeSpec, failure: Failure, rules: Resilience) -> Verdict:
         """An attempt on this node has failed.

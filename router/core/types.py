@@ -23,7 +23,9 @@ class NodeSpec:
     """One Ollama server, as configured. Its identity is its `url`: a renamed node keeps its state.
 
     `url` is `scheme://host[:port][/prefix]` without a trailing slash, host in lower case,
-    IPv6 in brackets; `host` has no brackets and `port` is always filled in.
+    IPv6 in brackets; `host` has no brackets and `port` is always filled in. `auto`: how many
+    `slots` a model has is learned, from one on. `gpus`: the memory of each in bytes, none where
+    that is not told.
     """
 
     name: str
@@ -33,8 +35,10 @@ class NodeSpec:
     port: int
     prefix: str = ""
     slots: int = 1
+    auto: bool = False
     weight: float = 1.0
     models: tuple[str, ...] = ()
+    gpus: tuple[int, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     tls: Tls = Tls()
@@ -88,6 +92,7 @@ class Policy(enum.StrEnum):
     """How a node is chosen among those that are eligible."""
 
     LEAST_IN_FLIGHT = "least-in-flight"
+    EXPECTED_DELAY = "expected-delay"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +219,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a probe learned. None means that it was not asked, or gave no usable answer."""
+    """What a probe learned. None means that it was not asked, or gave no usable answer. `wall`:
+    when, as a timestamp, where the times of what is resident matter."""
 
     sign: Sign | None = None
     version: str | None = None
     present: Mapping[str, Model] | None = None
     resident: Mapping[str, Model] | None = None
     detail: str = ""
+    wall: float = 0.0
 
 
 class Health(enum.StrEnum):
@@ -259,6 +266,9 @@ class Reason(enum.StrEnum):
     ONLY = "only-node"
     LEAST_IN_FLIGHT = "least-in-flight"
     LATER_POOL = "later-pool"
+    WARM = "warm"  # the model is loaded there, and has a free slot
+    CACHED = "cached"  # and so is the beginning of the prompt
+    LOAD = "load"  # to load it there is quicker than to wait elsewhere
 
 
 class Refusal(enum.StrEnum):
@@ -274,6 +284,9 @@ class Refusal(enum.StrEnum):
     ALL_TRIED = "all-tried"
     DRAINED = "drained"  # all that could be asked get no new leases
     BUSY = "busy"  # all that could be asked have said that they take no more for now
+    LATE = "late"  # no node had room before its deadline
+    FULL = "queue-full"  # as many wait as may
+    CROWDED = "flow-full"  # as many of its flow wait as may
     BUDGET = "retry-budget"  # too much is being tried again already
     OUT_OF_SCOPE = "out-of-scope"  # the model's name pins a node that the path leaves out
     NOT_PLACED = "not-placed"  # no node may have the model
@@ -285,12 +298,36 @@ class Refusal(enum.StrEnum):
 class Rejected:
     """No lease. `nodes` are those that the refusal is about, with their names and addresses;
     `versions` are theirs, where those are the reason. `until`: when it may be worth asking again
-    (monotonic seconds), where that is known."""
+    (monotonic seconds), where that is known; `after_s`: in how many seconds a client may come
+    again."""
 
     refusal: Refusal
     nodes: tuple[NodeSpec, ...] = ()
     versions: tuple[str, ...] = ()
     until: float | None = None
+    after_s: float | None = None
+
+
+class Weighed(msgspec.Struct, frozen=True):
+    """What a node would cost a request, in seconds: `wait_s` for a slot, `load_s` for a load with
+    what it drives out, `answer_s` for the answer's beginning; all None where that is not weighed.
+    `barred`: why it may not have it; empty where it may. `reason`: why it would be chosen;
+    `now`: at once, `later`: a request may wait for it."""
+
+    node: NodeSpec
+    barred: str = ""
+    wait_s: float | None = None
+    load_s: float | None = None
+    answer_s: float | None = None
+    reason: Reason | None = None
+    now: bool = False
+    later: bool = False
+
+    @property
+    def total_s(self) -> float | None:
+        if self.wait_s is None or self.load_s is None or self.answer_s is None:
+            return None
+        return self.wait_s + self.load_s + self.answer_s
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -315,7 +352,8 @@ class Ejected:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node as it was when the snapshot was taken. `leaving`: no longer configured."""
+    """A node as it was when the snapshot was taken. `leaving`: no longer configured. `slots`: how
+    many each model has, where that is learned."""
 
     spec: NodeSpec
     pool: str
@@ -330,6 +368,7 @@ class NodeView:
     version: str
     present: Mapping[str, Model]
     resident: Mapping[str, Model]
+    slots: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def up(self) -> bool:

@@ -14,7 +14,8 @@ import msgspec
 _SMALL_BYTES = 64 * 1024
 _TAIL_BYTES = 2048
 _COUNT = re.compile(
-    rb'"(prompt_eval_count|eval_count|load_duration|eval_duration|prompt_eval_duration'
+    rb'"(prompt_eval_count|eval_count|total_duration|load_duration|eval_duration'
+    rb"|prompt_eval_duration"
     rb'|prompt_tokens|completion_tokens|input_tokens|output_tokens)":\s*([0-9]{1,18})\b'
 )
 _PROMPT = (b"prompt_eval_count", b"prompt_tokens", b"input_tokens")
@@ -40,6 +41,14 @@ class Usage(msgspec.Struct, frozen=True):
     eval_s: float | None = None
     prompt_s: float | None = None  # prefill of what was not cached
     source: Source = _NODE
+    total_s: float | None = None
+
+    @property
+    def waited_s(self) -> float | None:
+        """How long it waited on the node for a slot; None where that was not told."""
+        if self.total_s is None or self.eval_s is None:
+            return None
+        return max(0.0, self.total_s - self.eval_s - (self.load_s or 0.0) - (self.prompt_s or 0.0))
 
 
 NOTHING = Usage()
@@ -59,6 +68,7 @@ class _Record(msgspec.Struct):
     load_duration: _Number = None
     eval_duration: _Number = None
     prompt_eval_duration: _Number = None
+    total_duration: _Number = None
     usage: _Tokens | None = None
 
 
@@ -170,6 +180,7 @@ def _of(record: _Record) -> Usage:
             None if record.load_duration is None else record.load_duration / 1e9,
             None if record.eval_duration is None else record.eval_duration / 1e9,
             None if record.prompt_eval_duration is None else record.prompt_eval_duration / 1e9,
+            total_s=None if record.total_duration is None else record.total_duration / 1e9,
         )
     return _of_tokens(tokens)
 
@@ -192,6 +203,7 @@ def _searched(records: bytes) -> Usage:
         load_s=_seconds(found, b"load_duration"),
         eval_s=_seconds(found, b"eval_duration"),
         prompt_s=_seconds(found, b"prompt_eval_duration"),
+        total_s=_seconds(found, b"total_duration"),
     )
 
 

@@ -92,7 +92,8 @@ class SimSpec:
     `keep_alive_s` below 0 means for ever. `answer_tokens` bounds the length of an answer (both
     ends included). `cache_tokens` bounds the prompt cache of one loaded model, `block_tokens` is
     the step in which prompts are compared. `contention` lengthens a job by this share for every
-    other model that is busy when the job starts. `handover_s` is the `load_duration` a warm
+    other model that is busy when the job starts; of `gpus`, each takes a model for itself before
+    any is shared, and they share what is left over. `handover_s` is the `load_duration` a warm
     request reports; no time passes for it. With `check_host` the node refuses foreign `Host` and
     `Origin` headers, as one bound to loopback does. With `refuse_overflow` a chat longer than its
     context is answered 400 instead of being cut.
@@ -116,6 +117,7 @@ class SimSpec:
     cache_tokens: int = 65_536
     block_tokens: int = 16
     contention: float = 0.0
+    gpus: int = 1
     handover_s: float = 0.002
     check_host: bool = False
     refuse_overflow: bool = False

@@ -297,8 +297,7 @@ class Scheduler:
             self._start(runner.waiting.popleft(), runner, now)
 
     def _start(self, job: Job, runner: Runner, now: float) -> None:
-        others = sum(1 for one in self._runners.values() if one.running and one is not runner)
-        pace = self.pace * job.pace * (1 + self.spec.contention * others)
+        pace = self.pace * job.pace * self._shared(runner)
         known = runner.cache.common(job.blocks) * self.spec.block_tokens
         # The last token of a prompt is always evaluated: its result is the first answer token.
         job.cached_tokens = min(known, max(job.prompt_tokens - 1, 0))
@@ -311,6 +310,12 @@ class Scheduler:
         runner.running.add(job)
         self._tell(EventKind.STARTED, now, job.model, job)
         self._push(job.finish_at, _What.FINISH, runner, job)
+
+    def _shared(self, runner: Runner) -> float:
+        """How much slower a job is for the other models that are busy when it starts."""
+        others = sum(1 for one in self._runners.values() if one.running and one is not runner)
+        gpus = self.spec.gpus
+        return 1 + self.spec.contention * max(0, others + 1 - gpus) / gpus
 
     def _vacate(self, job: Job, runner: Runner, now: float) -> None:
         runner.running.discard(job)

@@ -5,8 +5,8 @@ from urllib.parse import urlsplit
 
 from router.core.breaker import Ground, Roll
 from router.core.node import Node
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool, Queued
 from router.core.types import (
     Digest,
     Model,
@@ -130,7 +130,9 @@ def attempt(pool: Pool, text: str, tried: Iterable[str] = ()) -> Attempt:
     return Attempt(target, frozenset(tried))
 
 
-def ask(pool: Pool, text: str, tried: Iterable[str] = (), now: float = 0.0) -> Lease | Rejected:
+def ask(
+    pool: Pool, text: str, tried: Iterable[str] = (), now: float = 0.0
+) -> Lease | Queued | Rejected:
     """What a client that names this model meets."""
     target = pool.resolve(text)
     if isinstance(target, Rejected):

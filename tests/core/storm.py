@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from random import Random
 
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool
 from router.core.retry import Verdict
 from router.core.trail import Trail
 from router.core.types import (
@@ -339,6 +339,7 @@ class Storm:
         if isinstance(verdict, Rejected):
             self._rejected(request, verdict, pays=pays)
             return
+        assert isinstance(verdict, Lease)
         request.attempts += 1
         assert request.attempts <= _ATTEMPTS_MAX, f"{request} goes round in circles"
         self.say(f"{request} to {verdict.node.name} {[flip.now.value for flip in verdict.flips]}")

@@ -456,6 +456,27 @@ REFUSED: dict[str, tuple[str, str, Rejected, int, str]] = {
         400,
         "no node may be asked for the cloud: it is not set on gpu-1",
     ),
+    "no room in time": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.LATE, after_s=9.0),
+        503,
+        "no node had room for model 'm' in time",
+    ),
+    "as many wait as may": (
+        "/api/chat",
+        "m",
+        Rejected(Refusal.FULL),
+        503,
+        "too many requests wait already",
+    ),
+    "as many of one flow wait as may": (
+        "/v1/chat/completions",
+        "m",
+        Rejected(Refusal.CROWDED),
+        429,
+        "too many of your requests wait already",
+    ),
     "too old": (
         "/v1/messages",
         "m",

@@ -1,10 +1,20 @@
-"""What nodes may have in memory since anybody looked."""
+"""What nodes may have in memory since anybody looked, and what has to go for something else."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+from math import inf, nan
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core.memory import Loaded, Memory, Run
 from router.core.policy import Target
 from router.core.pool import Pool
-from router.core.types import NodeSpec, Outcome, Scope
+from router.core.types import Model, NodeSpec, Outcome, Scope
+from router.sim.models import SimModel, SimSpec
+from router.sim.node import Scheduler
+from router.sim.runner import EventKind, Job, Resident
 from tests.core.build import attempt, lease, ready, seen, spec, topology
 
 M = "llama3:8b"
@@ -77,3 +87,468 @@ def test_a_node_that_is_down_holds_nothing() -> None:
     assert holding(pool) == []
     assert names(pool.holding(Target())) == []
     assert lease(pool, M).node.name == "a"
+
+
+# The memory of one node: what is there, and what has to go for something else.
+
+GB = 10**9
+WALL = 1_760_000_000.0  # at second 0
+
+
+def listed(what: str, now: float = 0.0, **entry: object) -> dict[str, Model]:
+    """An answer of `/api/ps`: a letter for each model, its size in GB behind it."""
+    left = {"expires_at": datetime.fromtimestamp(WALL + now + 300, UTC).isoformat()}
+    return {
+        one[0]: Model(one[0], "", {"size_vram": int(one[1:]) * GB, **left, **entry})
+        for one in what.split()
+    }
+
+
+def told(limit_gb: int | None, what: str) -> Memory:
+    """A node that has these loaded; `*` is busy, `~` on its way."""
+    memory = Memory([] if limit_gb is None else [limit_gb * GB])
+    memory.see(listed(what.replace("*", "").replace("~", "")), 0.0, WALL)
+    for one in what.split():
+        if one[-1] in "*~":
+            memory.loaded[one[0]].runs[one] = Run(0.0, 10.0, 3.0)
+        if one[-1] == "~":
+            memory.loaded[one[0]].ready = 60.0
+    return memory
+
+
+def keys(found: Collection[Loaded] | None) -> str | None:
+    return None if found is None else "".join(one.key for one in found)
+
+
+def goes(memory: Memory, need_gb: float, key: str = "new", *, busy: bool = False) -> str | None:
+    return keys(memory.victims(key, need_gb * GB, busy=busy))
+
+
+@pytest.mark.parametrize(
+    ("loaded", "need_gb", "first", "in_the_end"),
+    [
+        ("", 5, "", ""),
+        ("", 99, "", ""),  # too large for the node: partly in main memory
+        ("a5 b5", 14, "", ""),
+        ("a5 b5", 15, "a", "a"),
+        ("b5 a5", 15, "a", "a"),
+        ("a5 b5 c5", 19, "ab", "ab"),
+        ("a5 b5 c5", 99, "abc", "abc"),
+        # what works does not go, and what is behind it has to wait
+        ("a5* b5", 19, "b", "b"),
+        ("a5* b5", 20, None, "ba"),
+        ("a5* b5*", 14, "", ""),
+        ("a5* b5*", 15, None, "a"),
+        # what is being loaded neither, however long one waits
+        ("a5~ b5", 19, "b", "b"),
+        ("a5~ b5", 20, None, None),
+        # its own room is free
+        ("n20 a4", 20, "", ""),
+        ("n20 a4", 21, "a", "a"),
+    ],
+)
+def test_idle_models_go_until_there_is_room_and_no_more(
+    loaded: str, need_gb: float, first: str | None, in_the_end: str | None
+) -> None:
+    memory = told(24, loaded)
+    assert goes(memory, need_gb, "n") == first
+    assert goes(memory, need_gb, "n", busy=True) == in_the_end
+
+
+def test_the_one_that_is_kept_for_the_shortest_time_goes_first() -> None:
+    memory = told(24, "a5 b5 c5")
+    for key, keep_alive_s in (("a", 300.0), ("b", 60.0), ("c", 300.0)):
+        memory.loaded[key].keep_alive_s = keep_alive_s
+    assert goes(memory, 99) == "bac"
+
+
+FLEETS = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 4), st.booleans()), max_size=8
+)  # size in GB, keep_alive in minutes, busy
+
+
+def slow(name: str, gb: int) -> SimModel:
+    """It is loaded at once, and answers for long."""
+    return SimModel(name, gb * GB, load_s=0.0, decode_tps=1.0)
+
+
+def both(fleet: list[tuple[int, int, bool]], free_gb: int) -> tuple[Scheduler, Memory]:
+    """A node with these models loaded, and what is known of its memory."""
+    models = [slow(f"m{i}", gb) for i, (gb, _, _) in enumerate(fleet)]
+    used = sum(SimSpec().reserved_bytes(model, 4096) for model in models)
+    node = Scheduler(SimSpec(tuple(models), max_loaded=99, memory_bytes=used + free_gb * GB))
+    for model, (_, minutes, _) in zip(models, fleet, strict=True):
+        node.submit(Job(model, keep_alive_s=60.0 * minutes, load_only=True), 0.0)
+        node.advance(0.0)
+    memory = Memory([node.spec.memory_bytes])
+    memory.see(as_listed(node.resident(0.0)), 0.0, WALL)
+    for model, (_, _, busy) in zip(models, fleet, strict=True):
+        if busy:
+            node.submit(Job(model, answer_tokens=10**6), 0.0)
+            memory.loaded[model.name].runs[model] = Run(0.0, 10.0, 3.0)
+    node.advance(0.0)
+    return node, memory
+
+
+@given(FLEETS, st.integers(0, 20), st.integers(1, 60))
+def test_what_goes_is_what_a_node_unloads(
+    fleet: list[tuple[int, int, bool]], free_gb: int, need_gb: int
+) -> None:
+    node, memory = both(fleet, free_gb)
+    new = slow("new", need_gb)
+    node.submit(Job(new), 0.0)
+    gone = [one.model.name for one in node.advance(0.0) if one.kind is EventKind.UNLOADED]
+    need = node.spec.reserved_bytes(new, 4096)
+    found = memory.victims(new.name, need)
+    assert node.pending == (found is None), "it waits where something busy has to go"
+    if found is None:
+        found = [one for one in memory.victims(new.name, need, busy=True) or () if not one.runs]
+    assert [one.key for one in found] == gone
+
+
+def as_listed(resident: Iterable[Resident]) -> dict[str, Model]:
+    return {
+        one.model.name: Model(one.model.name, "", {
+            "size_vram": one.reserved_bytes,
+            "expires_at": datetime.fromtimestamp(WALL + one.expires_at, UTC).isoformat(),
+        })
+        for one in resident
+    }  # fmt: skip
+
+
+# What `/api/ps` tells
+
+
+@pytest.mark.parametrize(
+    ("entry", "size_gb"),
+    [
+        ({"size_vram": 4 * GB, "size": 9 * GB}, 4),
+        ({"size_vram": 0, "size": 9 * GB}, 9),
+        ({"size": 9 * GB}, 9),
+        ({}, 5),
+        ({"size_vram": "4", "size": -1}, 5),
+        ({"size": 10**400}, 5),
+        ({"size": inf}, 5),
+        ({"size": nan}, 5),
+    ],
+)
+def test_a_model_takes_as_much_as_the_node_says(entry: dict[str, object], size_gb: float) -> None:
+    memory = Memory([])
+    memory.see({"a": Model("a", "", entry)}, 0.0, WALL)
+    assert memory.used_bytes == size_gb * GB
+    assert memory.need_bytes("a", 99 * GB) == size_gb * GB
+
+
+def test_before_it_was_seen_it_is_thought_to_take_a_little_more_than_on_disk() -> None:
+    memory = Memory([])
+    assert [memory.need_bytes("a", disk) for disk in (10.0 * GB, 0.0)] == [12 * GB, 6 * GB]
+
+
+def test_a_size_that_is_no_longer_told_is_the_last_one_that_was() -> None:
+    memory = told(None, "a7")
+    memory.see({"a": Model("a", "", {})}, 5.0, WALL + 5)
+    assert memory.used_bytes == 7 * GB
+    memory.see({}, 10.0, WALL + 10)
+    assert (memory.used_bytes, memory.need_bytes("a", 0.0)) == (0, 7 * GB)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["size", "size_vram", "context_length", "expires_at"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.none())
+        | st.datetimes().map(str) | st.datetimes(timezones=st.timezones()).map(str),
+    ),
+    st.floats(0, 1e10),
+)  # fmt: skip
+def test_whatever_a_node_tells_is_a_size_and_a_time(entry: dict[str, object], wall: float) -> None:
+    memory = Memory([])
+    memory.see({"a": Model("a", "", entry)}, 5.0, wall)
+    one = memory.loaded["a"]
+    assert 0 < one.size_bytes < inf
+    assert 0 <= one.keep_alive_s < inf
+    assert one.num_ctx is None or one.num_ctx > 0
+
+
+@pytest.mark.parametrize(
+    ("left_s", "wall", "keep_alive_s"),
+    [
+        (60.0, WALL + 100, 160.0),  # it has been idle for 100 s
+        (61.0, WALL + 100, 160.0),
+        (0.0, WALL + 100, 300.0),  # it is just being unloaded
+        (-5.0, WALL + 100, 300.0),
+        (60.0, 0.0, 300.0),  # nobody knows what time it is there
+    ],
+)
+def test_how_long_it_is_kept_is_told_by_when_it_is_to_go(
+    left_s: float, wall: float, keep_alive_s: float
+) -> None:
+    memory = told(None, "a5")
+    at = datetime.fromtimestamp(WALL + 100 + left_s, UTC).isoformat()
+    memory.see(listed("a5", expires_at=at), 100.0, wall)
+    assert memory.loaded["a"].keep_alive_s == keep_alive_s
+
+
+def test_what_works_does_not_tell_how_long_it_is_kept() -> None:
+    memory = told(None, "a5*")
+    memory.see(listed("a5", now=100.0), 100.0, WALL + 100)
+    assert memory.loaded["a"].keep_alive_s == 300.0
+
+
+# The context
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "wanted", "differs"),
+    [
+        (None, None, 8192, False),  # nobody knows
+        (None, 4096, None, False),
+        (None, 4096, 4096, False),
+        (None, 4096, 8192, True),
+        (8192, None, 8192, False),
+        (8192, None, 4096, True),
+        (8192, None, None, False),
+        # the model was not trained for more, and is not loaded anew for those that ask for more
+        (99999, 4096, 99999, False),
+        (99999, 4096, 4096, False),
+        (99999, 4096, 8192, True),
+    ],
+)
+def test_a_request_for_another_context_has_a_model_loaded_anew(
+    asked: int | None, has: int | None, wanted: int | None, *, differs: bool
+) -> None:
+    memory = Memory([])
+    one = memory.load("a", GB, asked, ready=2.0, now=0.0)
+    memory.ready(one, 2.0)
+    if has is not None:
+        memory.see(listed("a1", context_length=has), 5.0, WALL + 5)
+    assert one.differs(wanted) is differs
+
+
+def test_what_others_have_had_loaded_anew_has_their_context() -> None:
+    memory = Memory([])
+    memory.ready(memory.load("a", GB, 8192, ready=2.0, now=0.0), 2.0)
+    one = memory.loaded["a"]
+    for ctx in (8192, 8192, 4096):
+        memory.see(listed("a1", context_length=ctx), 5.0, WALL + 5)
+    assert (one.differs(8192), one.differs(4096)) == (True, False)
+
+
+def test_until_it_is_loaded_anew_it_is_listed_with_its_old_context() -> None:
+    memory = Memory([])
+    one = memory.load("a", GB, 99999, ready=20.0, now=0.0)
+    memory.see(listed("a1", context_length=2048), 5.0, WALL + 5)
+    memory.see(listed("a1", context_length=4096), 25.0, WALL + 25)
+    assert not one.differs(99999)
+
+
+# How much room there is, where nobody says
+
+
+def test_there_is_room_for_everything_until_something_was_driven_out() -> None:
+    assert goes(told(None, "a20 b30 c40"), 500) == ""
+
+
+def after(
+    *answers: str, every_s: float = 10.0, limit_gb: int | None = None, used: str = ""
+) -> Memory:
+    """A node that has told these, one after the other; `used` were used at each time."""
+    memory = told(limit_gb, answers[0])
+    for i, answer in enumerate(answers[1:], 1):
+        now = i * every_s
+        for key in used:
+            memory.loaded[key].used = now
+        memory.see(listed(answer, now), now, WALL + now)
+    return memory
+
+
+def test_what_was_driven_out_had_no_room_beside_what_came() -> None:
+    memory = after("a10", "a10", "b10")
+    assert goes(memory, 10, "a") == "b"
+    assert goes(memory, 9) == ""
+
+
+def test_each_of_those_that_were_driven_out_would_have_been_too_much() -> None:
+    """The one that goes first was not enough."""
+    memory = after("a10 b20", "a10 b20", "c10")
+    assert [goes(memory, need_gb) for need_gb in (19, 20)] == ["", "c"]
+
+
+def test_what_is_seen_together_has_room_whatever_was_thought() -> None:
+    memory = after("a10", "b10", "a10 b10")
+    assert goes(memory, 10, "a") == ""
+    assert goes(memory, 1) == "a"
+
+
+@pytest.mark.parametrize(
+    ("answers", "every_s", "used"),
+    [
+        (["a10", "a10", "b10"], 301.0, ""),  # it was its time
+        (["a10", "a10 b10", "b10"], 10.0, "a"),  # what came was there before it was last used
+        (["a10 b10", "b10"], 10.0, ""),  # nothing came: somebody has unloaded it
+        (["a10 b10", "", "c1"], 10.0, ""),  # all is gone: the node was started anew
+        (["a10", "a10 b10", "", "c1"], 10.0, ""),
+    ],
+)
+def test_what_goes_by_itself_tells_nothing(answers: list[str], every_s: float, used: str) -> None:
+    assert goes(after(*answers, every_s=every_s, used=used), 500) == ""
+
+
+def test_what_is_configured_is_not_learned() -> None:
+    memory = after("a10", "b10", limit_gb=24)
+    assert [goes(memory, need_gb) for need_gb in (14, 15)] == ["", "b"]
+    assert goes(after("a10", "a10 b10 c10", limit_gb=24, used="a"), 1) == "a"
+
+
+def test_a_new_configuration_holds_at_once_and_none_leaves_what_is_known() -> None:
+    memory = told(None, "a10")
+    assert memory.gpus == 1
+    memory.configure([8 * GB, 8 * GB])
+    assert (memory.gpus, goes(memory, 7)) == (2, "a")
+    memory.configure([])
+    assert (memory.gpus, goes(memory, 7)) == (1, "a")
+    memory.see(listed("a10 b10"), 5.0, WALL + 5)
+    assert goes(memory, 10, "b") == ""
+
+
+ROUNDS = st.lists(st.sets(st.sampled_from("abcdef")), min_size=1, max_size=20)
+
+
+@given(ROUNDS, st.lists(st.integers(1, 30), min_size=6, max_size=6))
+def test_what_was_seen_together_last_always_fits(rounds: list[set[str]], gb: list[int]) -> None:
+    memory, size = Memory([]), dict(zip("abcdef", gb, strict=True))
+    for i, there in enumerate(rounds):
+        now = i * 10.0
+        memory.see(listed(" ".join(f"{key}{size[key]}" for key in sorted(there)), now), now, WALL)
+        assert set(memory.loaded) == there
+        assert all(goes(memory, size[key], key) == "" for key in there)
+
+
+# From the beginning of a load to its end
+
+
+def test_a_load_takes_the_place_of_what_it_drives_out() -> None:
+    memory = told(24, "a10 b10")
+    one = memory.load("c", 10.0 * GB, 4096, ready=9.0, now=1.0)
+    assert repr(memory) == "<Memory ['b', 'c']>"
+    assert memory.loading is memory.loaded["c"] is one
+    memory.ready(one, 7.0)
+    assert memory.loading is None
+    assert (one.ready, one.since) == (None, 7.0)
+    memory.ready(one, 8.0)
+    assert one.since == 7.0
+
+
+def test_a_load_that_would_have_to_wait_drives_nothing_out_yet() -> None:
+    memory = told(24, "a20*")
+    memory.load("b", 10.0 * GB, None, ready=9.0, now=1.0)
+    assert set(memory.loaded) == {"a", "b"}
+
+
+def test_a_model_is_listed_before_it_is_loaded_and_ready_when_it_was_to_be() -> None:
+    memory = Memory([])
+    one = memory.load("a", GB, None, ready=20.0, now=0.0)
+    loading = []
+    for now in (5.0, 19.0, 20.0):
+        memory.see(listed("a1", now), now, WALL + now)
+        loading.append(memory.loading is one)
+    assert loading == [True, True, False]
+
+
+def test_one_load_does_not_end_another() -> None:
+    memory = Memory([])
+    first = memory.load("a", GB, None, ready=20.0, now=0.0)
+    second = memory.load("b", GB, None, ready=20.0, now=0.0)
+    memory.ready(first, 1.0)
+    assert memory.loading is second
+
+
+@pytest.mark.parametrize(
+    ("ready", "runs", "since", "now", "there"),
+    [
+        (None, 0, 10.0, 12.9, True),  # it was loaded after that was asked
+        (None, 0, 10.0, 13.1, False),
+        (20.0, 0, 10.0, 99.0, True),  # it is on its way
+        (None, 1, 10.0, 99.0, True),  # who answers is there
+    ],
+)
+def test_what_is_not_listed_is_gone_unless_there_is_a_reason(
+    ready: float | None, runs: int, since: float, now: float, *, there: bool
+) -> None:
+    memory = told(24, "a10")
+    one = memory.loaded["a"]
+    one.since, one.ready = since, ready
+    one.runs.update({i: Run(0.0, 1.0, 1.0) for i in range(runs)})
+    memory.see({}, now, WALL + now)
+    assert ("a" in memory.loaded) is there
+
+
+def test_a_good_end_means_that_it_is_loaded() -> None:
+    memory = Memory([])
+    one = memory.load("a", GB, None, ready=20.0, now=0.0)
+    one.runs["r"] = Run(0.0, 10.0, 3.0)
+    memory.end("r", "a", 8.0, good=True)
+    assert (one.runs, one.ready, one.used, memory.loading) == ({}, None, 8.0, None)
+
+
+def test_a_load_whose_last_request_failed_is_none() -> None:
+    memory = Memory([])
+    one = memory.load("a", GB, None, ready=20.0, now=0.0)
+    one.runs.update({"r": Run(0.0, 10.0, 3.0), "s": Run(0.0, 10.0, 3.0)})
+    memory.end("r", "a", 8.0, good=False)
+    assert memory.loading is one
+    memory.end("s", "a", 8.0, good=False)
+    assert memory.loading is None
+    assert not memory.loaded
+
+
+def test_a_model_that_is_loaded_stays_so_when_a_request_fails() -> None:
+    memory = told(24, "a10*")
+    memory.end("a10*", "a", 8.0, good=False)
+    assert (memory.loaded["a"].used, memory.loaded["a"].runs) == (8.0, {})
+
+
+def test_an_end_of_what_is_not_there_changes_nothing() -> None:
+    memory = told(24, "a10*")
+    memory.end("other", "a", 8.0, good=True)
+    memory.end("a10*", "b", 8.0, good=True)
+    assert (memory.loaded["a"].used, len(memory.loaded["a"].runs)) == (0.0, 1)
+
+
+# Requests at work
+
+
+def test_a_request_has_as_long_left_as_was_expected_and_at_least_some_of_its_answer() -> None:
+    run = Run(since=10.0, service_s=20.0, least_s=3.0)
+    assert [run.left_s(now) for now in (10.0, 15.0, 27.0, 28.0, 500.0)] == [20, 15, 3, 3, 3]
+
+
+def test_once_it_answers_only_the_answer_is_left() -> None:
+    run = Run(since=10.0, service_s=90.0, least_s=3.0)
+    run.begin(15.0)
+    assert [run.left_s(now) for now in (15.0, 20.0, 500.0)] == pytest.approx([10, 5, 3])
+
+
+def test_a_model_tells_when_each_of_its_requests_ends() -> None:
+    one = told(24, "a10").loaded["a"]
+    assert one.ends(0.0) == []
+    one.runs.update({1: Run(0.0, 10.0, 1.0), 2: Run(2.0, 10.0, 1.0)})
+    assert one.ends(4.0) == [6.0, 8.0]
+
+
+# Room that is made
+
+
+def test_what_has_to_make_room_is_left_alone_until_the_load_or_nobody_wants_it() -> None:
+    memory = told(24, "a10* b10*")
+    memory.reserve("c", memory.victims("c", 10.0 * GB, busy=True) or ())
+    assert (memory.wanted, memory.leaving) == ("c", {"a"})
+    memory.release(["c", "d"])
+    assert memory.wanted == "c"
+    memory.release(["d"])
+    assert (memory.wanted, list(memory.leaving)) == ("", [])
+    memory.release([])
+    memory.reserve("c", [])
+    memory.load("d", GB, None, 5.0, 0.0)
+    assert memory.wanted == "c"
+    memory.load("c", GB, None, 5.0, 0.0)
+    assert (memory.wanted, list(memory.leaving)) == ("", [])

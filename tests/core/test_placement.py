@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from router.core.bounds import conflicts
 from router.core.node import fits, release
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool
 from router.core.types import (
     Digest,
     Model,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from router.core import dialect
 from router.core.names import parse
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool, Queued
 from router.core.rates import Waits
 from router.core.retry import Verdict
 from router.core.trail import Trail
@@ -738,7 +738,7 @@ def test_a_node_that_fails_at_once_beside_three_good_ones_is_seen_by_no_client(
 # The budget of what is tried again after an answer.
 
 
-def again(pool: Pool, text: str, failed: str, now: float = 0.0) -> Lease | Rejected:
+def again(pool: Pool, text: str, failed: str, now: float = 0.0) -> Lease | Queued | Rejected:
     """The second attempt of a request that this node has answered with a failure."""
     target, url = pool.resolve(text), f"http://{failed}:11434"
     assert isinstance(target, Target)
@@ -797,6 +797,20 @@ def test_whatever_is_asked_for_counts(text: str | None) -> None:
     url = "http://n0:11434"
     attempts = [Attempt(target, frozenset([url]), "", url) for _ in range(9)]
     assert sum(isinstance(pool.submit(one, 0.0), Lease) for one in attempts) == 5
+
+
+def test_others_go_before_those_that_have_failed_a_request_before() -> None:
+    pool = three()
+    target = pool.resolve("m")
+    assert isinstance(target, Target)
+    met = {"http://n0:11434", "http://n1:11434"}
+    for _ in range(4):
+        verdict = pool.submit(Attempt(target, met=met), 0.0)
+        assert isinstance(verdict, Lease)
+        assert verdict.node.name == "n2"
+    pool.drain("n2", draining=True)
+    assert isinstance(pool.submit(Attempt(target, met=met), 0.0), Lease)
+    assert isinstance(pool.submit(Attempt(target, tried=met, met=met), 0.0), Rejected)
 
 
 def test_moving_off_a_broken_connection_costs_nothing() -> None:

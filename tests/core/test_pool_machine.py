@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 
 from router.core.names import parse, split_pin
 from router.core.node import TRANSITIONS
-from router.core.policy import Target
-from router.core.pool import Attempt, Lease, Pool
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool
 from router.core.types import (
     Ejected,
     Ejection,
@@ -297,6 +297,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.check_refusal(verdict, attempt)
             assert not self.pool.leave(attempt, Outcome(), self.now)
             return multiple()
+        assert isinstance(verdict, Lease)
         self.check_lease(verdict, attempt, allowed)
         if paid:
             assert self.can_pay()

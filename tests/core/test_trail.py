@@ -106,6 +106,13 @@ def test_the_next_attempt(events: str, tried: str, answered: str) -> None:
     assert attempt.digest == ""
 
 
+def test_whoever_has_failed_it_before_is_asked_after_the_others() -> None:
+    trail = Trail(TARGET)
+    walk(trail, "ar ab cb + bx")
+    assert trail.attempt().met == {NODES["a"].url, NODES["b"].url}
+    assert trail.attempt().tried == {NODES["b"].url}
+
+
 def test_what_goes_on_elsewhere_needs_the_very_same_model() -> None:
     trail = Trail(TARGET)
     trail.digest = "sha256:abc"

@@ -13,7 +13,7 @@ RECORDS: dict[str, tuple[bytes, Usage]] = {
             b'"load_duration":2500000000,"prompt_eval_count":26,"prompt_eval_duration":1,'
             b'"eval_count":298,"eval_duration":4000000000}\n'
         ),
-        Usage(26, 298, 2.5, 4.0, 1e-9),
+        Usage(26, 298, 2.5, 4.0, 1e-9, total_s=9.0),
     ),
     "generate with a long context": (
         b'{"done":true,"context":['
@@ -100,6 +100,22 @@ def test_usage(record: bytes, usage: Usage) -> None:
 @given(st.binary() | st.text('"eval_count:0123456789 ').map(str.encode))
 def test_any_bytes_can_be_read(record: bytes) -> None:
     assert isinstance(read(record), Usage)
+
+
+@pytest.mark.parametrize(
+    ("told", "waited_s"),
+    [
+        (Usage(total_s=9.0, load_s=2.0, prompt_s=1.0, eval_s=4.0), 2.0),
+        (Usage(total_s=9.0, eval_s=4.0), 5.0),
+        (Usage(total_s=4.0, eval_s=4.1), 0.0),
+        (Usage(total_s=9.0), None),
+        (Usage(eval_s=4.0), None),
+    ],
+)
+def test_what_is_left_of_all_the_time_was_a_wait_for_a_slot(
+    told: Usage, waited_s: float | None
+) -> None:
+    assert told.waited_s == waited_s
 
 
 def test_chunks_count_only_where_the_node_has_not() -> None:

@@ -549,6 +549,14 @@ def test_other_busy_models_slow_a_job_down() -> None:
     assert started(node, job(B), 0).finish_at == 4.5
 
 
+@pytest.mark.parametrize(("gpus", "finish_at"), [(1, 6.0), (2, 3.75), (3, 3.0)])
+def test_models_share_the_gpus_that_are_too_few(gpus: int, finish_at: float) -> None:
+    node = Scheduler(spec(warm=("a", "b", "c"), contention=0.5, gpus=gpus))
+    started(node, job(A), 0)
+    started(node, job(B), 0)
+    assert started(node, job(C), 0).finish_at == finish_at
+
+
 def test_model_without_delays_takes_no_time() -> None:
     quick = model("quick", load_s=0.0, prefill_tps=math.inf, decode_tps=math.inf)
     node = Scheduler(spec(models=(quick,), keep_alive_s=-1))

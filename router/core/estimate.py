@@ -1,0 +1,89 @@
+"""How long things take on a node: learned, and guessed from sizes where nothing was learned."""
+
+from collections.abc import Iterable
+from math import exp, log
+from typing import TypeVar
+
+import msgspec
+
+from router.core.rates import Rates
+
+# A 24 GB GPU of 2022 decodes a model of 4.7 GB at 75 tokens a second. Only guesses rest on these.
+_DECODE_BYTES_PER_S = 350e9
+_PREFILL_PER_DECODE = 30.0
+_LOAD_S, _LOAD_BYTES_PER_S = 1.0, 2e9
+_SIZE_BYTES = 5e9  # of a model whose size nobody has told
+_TOKENS = 300.0  # of an answer
+_MEAN = 1 / 16
+_MEANS_MAX = 4096
+
+_K = TypeVar("_K")
+
+
+class Cost(msgspec.Struct, frozen=True, eq=False):
+    """Seconds: `load_s` to load a model, `prefill_s` and `decode_s` for one token."""
+
+    load_s: float
+    prefill_s: float
+    decode_s: float
+
+
+def cost(size_bytes: float, rates: Rates | None, pace: float) -> Cost:
+    """What a model of this size costs; `pace` is how much slower than guessed its node is."""
+    size = size_bytes or _SIZE_BYTES
+    decode_s = size / _DECODE_BYTES_PER_S * pace
+    load_s = (_LOAD_S + size / _LOAD_BYTES_PER_S) * pace
+    prefill_s = decode_s / _PREFILL_PER_DECODE
+    if rates is None:
+        return Cost(load_s, prefill_s, decode_s)
+    tps, prefill_tps = rates.decode_tps, rates.prefill_tps
+    if tps:
+        prefill_s *= 1 / tps / decode_s
+        decode_s = 1 / tps
+    return Cost(
+        load_s if rates.load_s is None else rates.load_s,
+        1 / prefill_tps if prefill_tps else prefill_s,
+        decode_s,
+    )
+
+
+def pace(known: Iterable[tuple[float, Rates]], weight: float) -> float:
+    """How much slower than guessed a node is, told by its models' sizes and rates; by its
+    configured weight where none was learned."""
+    ratios = [
+        _DECODE_BYTES_PER_S / (rates.decode_tps * (size or _SIZE_BYTES))
+        for size, rates in known
+        if rates.decode_tps
+    ]
+    if not ratios:
+        return 1 / weight
+    return exp(sum(map(log, ratios)) / len(ratios))
+
+
+class Lengths:
+    """How long answers are, by model and flow, in tokens."""
+
+    __slots__ = ("_by_flow", "_by_model")
+
+    def __init__(self) -> None:
+        self._by_model: dict[str, float] = {}
+        self._by_flow: dict[tuple[str, str], float] = {}
+
+    def expected(self, key: str, flow: str, max_tokens: int | None) -> float:
+        found = self._by_flow.get((key, flow)) or self._by_model.get(key, _TOKENS)
+        return found if max_tokens is None else min(found, float(max_tokens))
+
+    def learn(self, key: str, flow: str, tokens: int) -> None:
+        """Take the length of one answer."""
+        mean = _follow(self._by_model, key, tokens, tokens)
+        _follow(self._by_flow, (key, flow), mean, tokens)
+
+
+def _follow(means: dict[_K, float], key: _K, first: float, seen: float) -> float:
+    """Move a mean towards what was seen, from `first` on; the one that moved longest ago makes
+    room."""
+    before = means.pop(key, first)
+    means[key] = before + _MEAN * (seen - before)
+    if len(means) > _MEANS_MAX:
+        del means[next(iter(means))]
+    return means[key]

@@ -1,0 +1,241 @@
+"""What is in one node's memory, what works there, and what Ollama would evict for something else.
+
+Ollama tells what is loaded (`/api/ps`) some seconds late, and never how much fits. In between, what
+requests have loaded or driven out is worked out as Ollama does it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+import msgspec
+
+from router.core.prefix import Prefixes
+from router.core.slots import Slots
+from router.core.types import Model, NodeSpec
+
+_KEEP_ALIVE_S = 300.0
+_DISK_TO_MEMORY = 1.2
+_SIZE_BYTES = 5e9  # of a model whose size nobody has told
+_AT_LEAST = 0.3  # of what is expected of an answer is always left
+_LESS = 0.999  # of what did not fit
+_MOST = 2.0**60  # a number that a node tells is no size or length
+_SETTLING_S = 3.0  # so long after its end a load may be missing in an answer of /api/ps
+
+
+class Run(msgspec.Struct, eq=False):
+    """One request at work: since when, for how long as expected, and the least that is left."""
+
+    since: float
+    service_s: float
+    least_s: float
+    ahead: int = 0
+
+    def left_s(self, now: float) -> float:
+        return max(self.since + self.service_s - now, self.least_s)
+
+    def begin(self, now: float) -> None:
+        """Its answer begins: what is left is the answer."""
+        self.since, self.service_s = now, self.least_s / _AT_LEAST
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A model in memory, or on its way there: then `ready` is when it is expected, else None.
+    `since`: when it was loaded; `used`: when a request for it last began or ended. `asked`: the
+    context that it was loaded for, `num_ctx` what it was told to have, which may be less."""
+
+    key: str
+    size_bytes: float
+    since: float
+    used: float
+    asked: int | None = None
+    num_ctx: int | None = None
+    keep_alive_s: float = _KEEP_ALIVE_S
+    ready: float | None = None
+    runs: dict[object, Run] = field(default_factory=dict)
+    prefixes: Prefixes = field(default_factory=Prefixes)
+
+    @property
+    def rank(self) -> tuple[bool, float, str]:
+        """The smaller, the sooner it is unloaded for another."""
+        return bool(self.runs), self.keep_alive_s, self.key
+
+    def ends(self, now: float) -> list[float]:
+        """In how many seconds each of its requests is expected to end."""
+        return [run.left_s(now) for run in self.runs.values()]
+
+    def differs(self, num_ctx: int | None) -> bool:
+        """Whether a request for this context has Ollama load it anew."""
+        known = (self.asked, self.num_ctx)
+        return num_ctx is not None and num_ctx not in known and known != (None, None)
+
+
+class Memory:
+    """The state of one node's memory. `loading`: the one load that is on its way; `wanted`: what
+    room is made for, and `leaving` what gets nothing new for that."""
+
+    __slots__ = (
+        "_limit_bytes", "_sizes", "_slots", "_told", "gpus", "leaving", "loaded", "loading",
+        "wanted",
+    )  # fmt: skip
+
+    def __init__(self, gpus: Collection[int]) -> None:
+        self._limit_bytes: float = inf
+        self._sizes: dict[str, float] = {}  # of what was ever seen in it
+        self._slots: dict[str, Slots] = {}
+        self.loaded: dict[str, Loaded] = {}
+        self.loading: Loaded | None = None
+        self.wanted = ""
+        self.leaving: Collection[str] = ()
+        self.configure(gpus)
+
+    def __repr__(self) -> str:
+        return f"<Memory {list(self.loaded)}>"
+
+    def configure(self, gpus: Collection[int]) -> None:
+        """Take what a configuration says; where it says nothing, that is learned."""
+        self.gpus = max(1, len(gpus))
+        self._told = bool(gpus)
+        if gpus:
+            self._limit_bytes = sum(gpus)
+
+    def see(self, resident: Mapping[str, Model], now: float, wall: float) -> None:
+        """Take an answer of `/api/ps`; its times are of the same clock as `wall`."""
+        for key, model in resident.items():
+            one = self.loaded.get(key)
+            if one is None:
+                one = self.loaded[key] = Loaded(key, 0.0, now, now)
+            if one.ready is not None and one.ready <= now:  # it is listed while it is loaded, too
+                self.ready(one, now)
+            self._describe(one, model, now, wall)
+        missing = [one for key, one in self.loaded.items() if key not in resident]
+        gone = [
+            one for one in missing
+            if one.ready is None and not one.runs and now - one.since > _SETTLING_S
+        ]  # fmt: skip
+        self._gone(sorted(gone, key=lambda one: one.rank), now)
+        if not self._told:  # what is there together fits
+            fits = sum(self.loaded[key].size_bytes for key in resident)
+            self._limit_bytes = max(self._limit_bytes, fits)
+
+    def _gone(self, gone: Sequence[Loaded], now: float) -> None:
+        """They are no longer in memory. If something was loaded since one of them was used, and it
+        was not its time to go, then there is less room than was thought."""
+        newest = max((one.since for one in self.loaded.values() if one not in gone), default=-inf)
+        for one in gone:
+            early = now - one.used < one.keep_alive_s
+            if not self._told and early and newest > one.used:
+                self._limit_bytes = min(self._limit_bytes, _LESS * self.used_bytes)
+            del self.loaded[one.key]
+
+    @property
+    def used_bytes(self) -> float:
+        return sum(one.size_bytes for one in self.loaded.values())
+
+    def _describe(self, one: Loaded, model: Model, now: float, wall: float) -> None:
+        size = _number(model.entry.get("size_vram")) or _number(model.entry.get("size"))
+        one.size_bytes = self._sizes[one.key] = size or one.size_bytes or _SIZE_BYTES
+        ctx = int(_number(model.entry.get("context_length")))
+        if ctx and one.ready is None and ctx != one.num_ctx:
+            one.asked = one.asked if one.num_ctx is None else None  # others have loaded it anew
+            one.num_ctx = ctx
+        left_s = model.moment("expires_at").timestamp() - wall
+        if wall and not one.runs and left_s > 0:
+            one.keep_alive_s = round((left_s + now - one.used) / 5) * 5.0
+
+    def learned(self, key: str) -> Slots:
+        """What is known of how many requests a model serves at once."""
+        found = self._slots.get(key)
+        if found is None:
+            found = self._slots[key] = Slots()
+        return found
+
+    def slots(self, key: str, spec: NodeSpec) -> int:
+        """How many requests may be at work on a model."""
+        return self.learned(key).sure if spec.auto else spec.slots
+
+    @property
+    def learned_slots(self) -> Mapping[str, int]:
+        """How many each model serves at once, as far as that was learned."""
+        return {key: one.sure for key, one in self._slots.items()}
+
+    def tries(self, key: str, now: float) -> int:
+        """1 where it is time to try whether it serves one more."""
+        return self.learned(key).tries(now)
+
+    def need_bytes(self, key: str, disk_bytes: float) -> float:
+        """How much memory a model takes: as it was seen, or as it is likely by its size on
+        disk."""
+        return self._sizes.get(key) or _DISK_TO_MEMORY * (disk_bytes or _SIZE_BYTES)
+
+    def victims(
+        self, key: str, need_bytes: float, *, busy: bool = False
+    ) -> Collection[Loaded] | None:
+        """What Ollama would unload to load a model; None where it would have to wait for that,
+        unless that is wanted."""
+        others = [one for one in self.loaded.values() if one.key != key]
+        room = self._limit_bytes - sum(one.size_bytes for one in others)
+        found: list[Loaded] = []
+        others.sort(key=lambda one: one.rank)
+        for one in others:
+            if room >= need_bytes:
+                break
+            if one.ready is not None or (one.runs and not busy):
+                return None
+            found.append(one)
+            room += one.size_bytes
+        return found  # it may be too large for any room: then it is alone, partly in main memory
+
+    def load(
+        self, key: str, need_bytes: float, num_ctx: int | None, ready: float, now: float
+    ) -> Loaded:
+        """A request goes there that has this model loaded first; gives the new one."""
+        for victim in self.victims(key, need_bytes) or ():
+            del self.loaded[victim.key]
+        one = Loaded(key, need_bytes, now, now, num_ctx, ready=ready)
+        self.loaded[key] = self.loading = one
+        if self.wanted == key:
+            self.wanted, self.leaving = "", ()
+        return one
+
+    def ready(self, one: Loaded, now: float) -> None:
+        """It has been loaded."""
+        if one.ready is not None:
+            one.ready, one.since = None, now
+        if self.loading is one:
+            self.loading = None
+
+    def end(self, attempt: object, key: str, now: float, *, good: bool) -> None:
+        """A request there has ended. If it was to load the model and did not, nothing has."""
+        one = self.loaded.get(key)
+        run = None if one is None else one.runs.pop(attempt, None)
+        if one is None or run is None:
+            return
+        one.used = now
+        if key in self._slots:
+            self._slots[key].ended(run.ahead)
+        if good:
+            self.ready(one, now)
+        elif one.ready is not None and not one.runs:
+            del self.loaded[key]
+            self.loading = None
+
+    def forget(self) -> None:
+        """It is empty: the node has ended."""
+        self.loaded.clear()
+        self.loading = None
+        self.wanted, self.leaving = "", ()
+
+    def reserve(self, key: str, victims: Collection[Loaded]) -> None:
+        """Keep new work from what has to make room for a model."""
+        self.wanted, self.leaving = key, frozenset(one.key for one in victims)
+
+    def release(self, waiting: Collection[str]) -> None:
+        """Keep it no longer, where nothing waits for that model any more."""
+        if self.wanted and self.wanted not in waiting:
+            self.wanted, self.leaving = "", ()
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and 0 < value < _MOST else 0.0

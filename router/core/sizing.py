@@ -1,0 +1,53 @@
+"""How much work a request is, as far as its body tells."""
+
+import re
+from math import inf
+
+from router.core import prefix
+from router.core.work import Priority, Work
+
+_BYTES_PER_TOKEN = 4
+_TOKENS_MAX = 262_144  # no model reads more
+_IMAGE_BYTES = 64 * 1024  # a body that is smaller has none that matters
+_IMAGES = (b':"data:', b': "data:', b'"base64"', b'"images"', b'"input_audio"')
+_WITH_IMAGES_TOKENS = 2048
+_HEAD_BYTES, _TAIL_BYTES = 1024, 4096  # where clients put what is not text
+_CUT = b"\0"  # so that what was not together is not taken for one
+# Within a JSON string a quote is escaped, so that text can never be taken for one of these.
+_NUMBER = re.compile(
+    rb'(?<!\\)"(num_ctx|num_predict|max_tokens|max_completion_tokens|max_output_tokens)"\s*:\s*'
+    rb"([0-9]{1,9})(?:\.[0-9]*)?(?=[\s,}])"
+)
+
+
+def work(
+    body: bytes | bytearray,
+    flow: str = "",
+    priority: Priority = Priority.NORMAL,
+    deadline: float = inf,
+    *,
+    answers: bool = True,
+) -> Work:
+    """What is known of a request before it is answered; its tokens are an estimate. `answers`: it
+    is for text, which is as long as the model makes it."""
+    num_ctx, most = _limits(body)
+    tokens = min(len(body) // _BYTES_PER_TOKEN, num_ctx or _TOKENS_MAX, _TOKENS_MAX)
+    if len(body) > _IMAGE_BYTES and any(mark in body for mark in _IMAGES):
+        tokens = min(tokens, _WITH_IMAGES_TOKENS)
+    return Work(
+        flow, tokens, prefix.blocks(body), most if answers else 0, num_ctx, priority, deadline
+    )
+
+
+def _limits(body: bytes | bytearray) -> tuple[int | None, int | None]:
+    """The context and the tokens of an answer that a client asks for."""
+    edges = body
+    if len(body) > _HEAD_BYTES + _TAIL_BYTES:
+        edges = body[:_HEAD_BYTES] + _CUT + body[-_TAIL_BYTES:]
+    num_ctx = most = None
+    for name, number in _NUMBER.findall(edges):
+        if name == b"num_ctx":
+            num_ctx = int(number) or num_ctx
+        else:
+            most = int(number) or most
+    return num_ctx, most

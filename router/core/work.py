@@ -1,0 +1,40 @@
+"""What a request asks of a node, as far as that can be told before it is answered."""
+
+import enum
+from collections.abc import Sequence
+from math import inf
+
+import msgspec
+
+
+class Priority(enum.IntEnum):
+    """Who goes first. One that has waited for long enough goes with those before it."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
+
+
+_NORMAL = Priority.NORMAL
+
+
+class Work(msgspec.Struct, frozen=True, eq=False):
+    """What is known of one request's size, and of who sent it.
+
+    `prompt_tokens`: an estimate. `blocks`: hashes of the prompt's beginnings, each of one block
+    more than the one before. `max_tokens`, `num_ctx`: as the client asks, None where it does not.
+    `weight`: how much of the nodes its flow is to have, beside others. `deadline`: until when it
+    has to have a node, on the clock of the pool.
+    """
+
+    flow: str = ""
+    prompt_tokens: int = 0
+    blocks: Sequence[int] = ()
+    max_tokens: int | None = None
+    num_ctx: int | None = None
+    priority: Priority = _NORMAL
+    deadline: float = inf
+    weight: float = 1.0
+
+
+NO_WORK = Work()

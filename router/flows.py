@@ -1,0 +1,58 @@
+"""Whose a request is, how urgent it is, and until when it has to have a node."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.core import sizing
+from router.core.dialect import Route
+from router.core.work import Priority, Work
+from router.downstream import Network, Request, is_trusted
+from router.errors import ClientError
+from router.log import Report
+
+_DEADLINE, _PRIORITY = "X-Ollamux-Deadline-Ms", "X-Ollamux-Priority"
+_NAME_MAX = 200
+_PRIORITIES = {priority.name.lower(): priority for priority in Priority}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`header` names the flow, in requests of `trusted` peers. `most_s`: nobody waits longer."""
+
+    header: str | None
+    trusted: Sequence[Network]
+    most_s: float
+
+
+def work(
+    request: Request, report: Report, route: Route, body: bytes | bytearray, settings: Settings,
+    now: float,
+) -> Work:  # fmt: skip
+    """What is known of a request before it has a node; its flow is noted in the report. Raises
+    ClientError for a header that cannot be read."""
+    headers, priority = request.headers, Priority.NORMAL
+    report.flow = report.client
+    if settings.trusted and is_trusted(request, settings.trusted):
+        if settings.header is not None:
+            report.flow = headers.get(settings.header, "")[:_NAME_MAX] or report.client
+        if _PRIORITY in headers:
+            priority = _priority(headers[_PRIORITY])
+    most_s = settings.most_s
+    if _DEADLINE in headers:
+        most_s = min(most_s, _milliseconds(headers[_DEADLINE]) / 1000)
+    answers = bool(route.final)
+    return sizing.work(body, report.flow, priority, now + most_s, answers=answers)
+
+
+def _priority(text: str) -> Priority:
+    found = _PRIORITIES.get(text.strip().lower())
+    if found is None:
+        names = ", ".join(_PRIORITIES)
+        raise ClientError(400, f"{_PRIORITY}: one of {names} is expected")
+    return found
+
+
+def _milliseconds(text: str) -> int:
+    if not (text.strip().isascii() and text.strip().isdecimal() and len(text) <= 12):
+        raise ClientError(400, f"{_DEADLINE}: a number of milliseconds is expected")
+    return int(text)

@@ -1,0 +1,823 @@
+"""Which node a request gets, and when: tables in seconds that can be worked out by hand.
+
+Every model here has 3.5 GB: it loads in 2.75 s, reads 3000 tokens a second and writes 100. A
+request writes 100 tokens unless it says otherwise, so that it takes one second, of which 0.3 count.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core.names import parse, split_pin
+from router.core.policy import Attempt, Target
+from router.core.pool import Lease, Pool, Queued
+from router.core.types import (
+    Failure,
+    FailureKind,
+    Model,
+    NodeSpec,
+    Observation,
+    Outcome,
+    Policy,
+    PoolSpec,
+    Resilience,
+    Sign,
+    Topology,
+)
+from router.core.usage import Usage
+from router.core.work import Priority, Work
+
+GB = 10**9
+ALL = "uvwxyz"
+LOAD_S, PRICE_S = 2.75, 4.125  # what a load takes, and what it counts when nothing has to go
+FAILED = Outcome(Failure(FailureKind.RESET))
+
+
+@dataclass(frozen=True)
+class Has:
+    """A node: slots of each model, the memory of each of its GPUs, what is loaded from the
+    beginning, which models it has at all, and with which digest."""
+
+    loaded: str = ""
+    slots: int = 1
+    gpus: Sequence[int] = (10,)
+    present: str = ALL
+    digest: str = ""
+    auto: bool = False
+
+    def spec(self, name: str) -> NodeSpec:
+        return NodeSpec(
+            name, f"http://{name}:11434", "http", name, 11434, slots=self.slots, auto=self.auto,
+            gpus=tuple(gb * GB for gb in self.gpus),
+        )  # fmt: skip
+
+
+def models(keys: str, digest: str = "", ctx: int | None = None) -> Mapping[str, Model]:
+    entry = {"size": 3_500_000_000, "size_vram": 3_500_000_000, "context_length": ctx}
+    return {f"{key}:latest": Model(f"{key}:latest", digest, entry) for key in keys}
+
+
+def url(name: str) -> str:
+    return f"http://{name}:11434"
+
+
+class Yard:
+    """A pool that schedules, and its clock. `ask` says in words what a request meets."""
+
+    def __init__(self, policy: Policy = Policy.EXPECTED_DELAY, **nodes: Has) -> None:
+        self.nodes, self.now = nodes, 0.0
+        self.pool = Pool(self.topology(policy), self.now)
+        self.asked: dict[str, Attempt] = {}
+        self.leases: dict[str, Lease] = {}
+        for name, has in nodes.items():
+            seen = Observation(Sign.GOOD, "", models(has.present, has.digest))
+            self.pool.observe(url(name), seen, self.now)
+            self.look(name, has.loaded)
+        for key in ALL:  # so many are expected as are asked for
+            self.pool._scheduler.lengths.learn(f"{key}:latest", "", 1_000_000)
+        self.now = 1000.0
+
+    def topology(self, policy: Policy, **nodes: Has) -> Topology:
+        specs = tuple(has.spec(name) for name, has in (nodes or self.nodes).items())
+        rules = Resilience(budget_least=1)
+        return Topology((PoolSpec("all", specs),), policy=policy, resilience=rules, up_after=1)
+
+    def look(self, name: str, loaded: str, ctx: int | None = None) -> None:
+        self.pool.observe(url(name), Observation(resident=models(loaded, "", ctx)), self.now)
+
+    def ask(
+        self, name: str, *, pin: str = "", tokens: int = 0, out: int = 100,
+        blocks: Sequence[int] = (), ctx: int | None = None, flow: str = "",
+        priority: Priority = Priority.NORMAL, within_s: float = inf, weight: float = 1.0,
+        tried: Sequence[str] = (), digest: str = "", answered: str = "",
+    ) -> str:  # fmt: skip
+        """A request whose name begins with its model; what comes of it."""
+        deadline = self.now + within_s
+        work = Work(flow, tokens, blocks, out, ctx, priority, deadline, weight)
+        left, pinned = split_pin(name[0] + (f"@{pin}" if pin else ""))
+        one = Attempt(
+            Target(parse(left), pinned, left), frozenset(map(url, tried)), digest, answered, work
+        )
+        self.asked[name] = one
+        verdict = self.pool.submit(one, self.now)
+        if isinstance(verdict, Lease):
+            self.leases[name] = verdict
+            return self.said(verdict)
+        if isinstance(verdict, Queued):
+            return f"waits {verdict.expected_s:.2f}"
+        after = "" if verdict.after_s is None else f" {verdict.after_s:.2f}"
+        return f"{verdict.refusal.value}{after}"
+
+    @staticmethod
+    def said(lease: Lease) -> str:
+        return f"{lease.node.name} {lease.reason.value}"
+
+    def settle(self, after_s: float = 0.0) -> dict[str, str]:
+        """Those that get a node now, and how."""
+        self.now += after_s
+        names = {one: name for name, one in self.asked.items()}
+        found = {}
+        for lease in self.pool.granted(self.now):
+            assert isinstance(lease, Lease)
+            name = names[lease.attempt]
+            self.leases[name] = lease
+            found[name] = self.said(lease)
+        return found
+
+    def begin(self, name: str) -> None:
+        self.pool.began(self.asked[name], self.now)
+
+    def end(self, name: str, outcome: Outcome | None = None) -> dict[str, str]:
+        """It ends, or its client leaves; who gets a node for that?"""
+        if name in self.leases and outcome is None:
+            self.begin(name)
+        self.leases.pop(name, None)
+        self.pool.leave(self.asked.pop(name), outcome or Outcome(), self.now)
+        return self.settle()
+
+    def terms(
+        self, model: str, *, tokens: int = 0, out: int = 100, blocks: Sequence[int] = (),
+        ctx: int | None = None,
+    ) -> dict[str, object]:  # fmt: skip
+        """Of each node the seconds to wait, to load and to begin, or why there are none."""
+        work = Work("", tokens, blocks, out, ctx)
+        told = self.pool.explain(Target(parse(model), None, model), work, self.now)
+        return {one.node.name: one.barred or (one.wait_s, one.load_s, one.answer_s) for one in told}
+
+    def demand(self, model: str, times: int) -> None:
+        """So many have asked for it just now."""
+        for _ in range(times):
+            self.pool._scheduler.demand.count(f"{model}:latest", self.now)
+
+
+def terms(wait_s: float, load_s: float, answer_s: float) -> object:
+    return pytest.approx((wait_s, load_s, answer_s))
+
+
+# Where.
+
+
+def test_what_is_loaded_and_free_goes_before_a_load() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    assert yard.terms("x") == {"a": terms(0, PRICE_S, 0.3), "b": terms(0, 0, 0.3)}
+    assert yard.ask("x") == "b warm"
+
+
+def test_a_short_wait_is_better_than_a_load() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    yard.ask("x1")
+    assert yard.terms("x") == {"a": terms(0, PRICE_S, 0.3), "b": terms(1.0, 0, 0.3)}
+    assert yard.ask("x2") == "waits 1.00"
+    assert yard.end("x1") == {"x2": "b warm"}
+
+
+def test_a_load_is_better_than_a_long_wait() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    yard.ask("x1", out=600)
+    assert yard.terms("x")["b"] == terms(6.0, 0, 0.3)
+    assert yard.ask("x2") == "a load"
+
+
+def test_those_that_wait_are_seen_by_those_behind() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    yard.ask("x1")
+    assert [yard.ask(f"x{i}")[:5] for i in range(2, 7)] == ["waits"] * 5
+    assert yard.terms("x")["b"] == terms(5.0, 0, 0.3), "in the fifth second, after four of them"
+    assert yard.settle() == {"x6": "a load"}
+
+
+def test_what_is_behind_a_load_waits_for_it() -> None:
+    yard = Yard(a=Has(slots=2))
+    assert yard.ask("x1") == "a load"
+    assert yard.ask("x2") == "waits 2.75"
+    assert yard.settle(1.0) == {}
+    yard.begin("x1")
+    assert yard.settle() == {"x2": "a warm"}
+
+
+def test_a_node_loads_one_model_at_a_time() -> None:
+    yard = Yard(a=Has(gpus=(20,)))
+    assert yard.ask("x") == "a load"
+    assert yard.ask("y") == "waits inf"
+    assert yard.terms("z") == {"a": "no room for the model"}
+    yard.begin("x")
+    assert yard.settle() == {"y": "a load"}
+
+
+def test_a_load_that_fails_is_none() -> None:
+    yard = Yard(a=Has())
+    yard.ask("x1")
+    yard.ask("x2")
+    assert yard.end("x1", FAILED) == {"x2": "a load"}
+
+
+def test_two_slots_serve_two() -> None:
+    yard = Yard(a=Has("x", slots=2))
+    assert [yard.ask(f"x{i}") for i in "123"] == ["a warm", "a warm", "waits 1.00"]
+
+
+def test_whatever_is_at_work_has_its_slot_however_short_it_was_thought() -> None:
+    yard = Yard(a=Has("x"))
+    assert [yard.ask(f"x{i}", out=0) for i in "12"] == ["a warm", "waits 0.01"]
+    assert yard.settle(1000.0) == {}
+    assert [yard.ask(f"x{i}", out=0) for i in "34"] == ["waits 0.01", "waits 0.01"]
+    assert yard.end("x1") == {"x2": "a warm"}
+
+
+def test_nobody_else_is_driven_out_where_the_last_copy_would_be() -> None:
+    """`y` is on `a` alone, `v` on `c` too; both are asked for as often."""
+    yard = Yard(a=Has("yz"), b=Has("vz"), c=Has("vz", present="vz"))
+    yard.demand("y", 5)
+    yard.demand("v", 5)
+    again = (1 - exp(-2)) * LOAD_S
+    assert yard.terms("x") == {
+        "a": terms(0, PRICE_S + 8 * again, 0.3),
+        "b": terms(0, PRICE_S + 4 * again, 0.3),
+        "c": "does not have the model",
+    }
+    assert yard.ask("x") == "b load"
+
+
+def test_many_that_wait_share_the_price_of_what_goes_for_them() -> None:
+    yard = Yard(a=Has("yz", gpus=(7,)), b=Has("x"))
+    yard.demand("y", 5)
+    yard.ask("x1", out=1000)
+    assert yard.ask("x2") == "waits 10.00"
+    assert yard.settle() == {}
+    yard.ask("x3")
+    price_s = PRICE_S + 8 * (1 - exp(-2)) * LOAD_S / 2  # as two wait already
+    assert yard.terms("x")["a"] == terms(0, price_s, 0.3)
+
+
+def test_what_is_waited_for_is_not_driven_out() -> None:
+    yard = Yard(a=Has("yz"), b=Has("y", present="y"))
+    yard.ask("y1", pin="b")
+    yard.ask("y2", pin="b")
+    assert yard.ask("x") == "waits inf"
+    assert yard.end("y2") == {"x": "a load"}
+
+
+def test_what_has_just_been_loaded_is_not_driven_out() -> None:
+    yard = Yard(a=Has())
+    yard.look("a", "yz")
+    yard.now += 5.0
+    assert yard.ask("x") == "waits inf"
+    assert yard.settle(5.9) == {}
+    assert yard.settle(0.3) == {"x": "a load"}
+
+
+def test_what_is_at_work_is_not_driven_out() -> None:
+    yard = Yard(a=Has("yz"))
+    yard.ask("y", out=100)
+    yard.ask("z", out=100)
+    assert yard.ask("x") == "waits inf"
+    assert yard.end("z") == {"x": "a load"}
+
+
+def test_those_behind_a_busy_model_are_not_blocked_by_it() -> None:
+    yard = Yard(a=Has("xy"))
+    yard.ask("x1")
+    for i in range(9):
+        yard.ask(f"x{i + 2}")
+    assert yard.ask("y1") == "a warm"
+    yard.ask("y2")
+    assert yard.end("y1") == {"y2": "a warm"}
+
+
+def test_more_than_are_looked_at_do_not_block_those_with_a_free_node() -> None:
+    """All of the first wait for one node; the last may have another."""
+    yard = Yard(a=Has("x"), b=Has("x"))
+    yard.ask("x-a", pin="a")
+    yard.ask("x-b", pin="b")
+    for i in range(100):
+        yard.ask(f"x{i}", pin="a", flow="f")
+    yard.ask("x-last", pin="b", flow="f")
+    yard.pool.leave(yard.asked["x-b"], Outcome(), yard.now)
+    assert yard.settle() == {"x-last": "b warm"}
+
+
+def test_no_more_are_looked_at_than_is_worth_it() -> None:
+    """Each has a slot to hope for, which it does not take: it waits for all to end."""
+    yard = Yard(a=Has(slots=100, gpus=(10,)))
+    yard.look("a", "x", ctx=4096)
+    yard.now += 100.0
+    yard.ask("x-first", ctx=4096)
+    for i in range(70):
+        yard.ask(f"x{i}", ctx=8192)
+    yard.ask("x-last", ctx=4096, flow="f", tried=["b"])
+    assert "x-last" in yard.leases
+    assert yard.settle() == {}
+    assert yard.terms("x", ctx=8192)["a"] == terms(1.0, PRICE_S, 0.3)
+
+
+# Contexts, prefixes, GPUs.
+
+
+def test_another_context_is_a_load_and_waits_until_all_have_ended() -> None:
+    yard = Yard(a=Has(slots=2))
+    yard.look("a", "x", ctx=4096)
+    yard.now += 100.0
+    assert yard.terms("x", ctx=8192) == {"a": terms(0, PRICE_S, 0.3)}
+    assert yard.terms("x", ctx=4096) == {"a": terms(0, 0, 0.3)}
+    yard.ask("x1", ctx=4096)
+    yard.ask("x2", out=200)
+    assert yard.terms("x", ctx=8192) == {"a": terms(2.0, PRICE_S, 0.3)}
+    assert yard.ask("x3", ctx=8192)[:5] == "waits"
+    assert yard.end("x1") == {}
+    assert yard.end("x2") == {"x3": "a load"}
+
+
+def test_who_asks_for_another_context_does_not_wait_for_ever() -> None:
+    """After eight seconds no more of those begin that it waits for."""
+    yard = Yard(a=Has(slots=2))
+    yard.look("a", "x", ctx=4096)
+    yard.now += 100.0
+    yard.ask("x1")
+    yard.ask("x2")
+    yard.ask("x-big", ctx=8192)
+    assert yard.settle(7.9) == {}
+    yard.end("x1")
+    assert yard.ask("x3") == "a warm"
+    assert yard.settle(0.2) == {}
+    assert yard.end("x2") == {}
+    assert yard.ask("x4")[:5] == "waits"
+    assert yard.end("x3") == {"x-big": "a load"}
+    yard.begin("x-big")
+    assert yard.settle() == {"x4": "a warm"}
+
+
+def test_who_asked_for_another_context_and_leaves_keeps_nobody_waiting() -> None:
+    yard = Yard(a=Has(slots=2))
+    yard.look("a", "x", ctx=4096)
+    yard.now += 100.0
+    yard.ask("x1")
+    yard.ask("x-big", ctx=8192)
+    yard.settle(9.0)
+    assert yard.ask("x2")[:5] == "waits"
+    assert yard.end("x-big") == {"x2": "a warm"}
+
+
+def test_of_two_contexts_each_goes_where_it_is_loaded() -> None:
+    yard = Yard(a=Has(), b=Has())
+    yard.look("a", "x", ctx=4096)
+    yard.look("b", "x", ctx=8192)
+    yard.now += 100.0
+    assert yard.ask("x1", ctx=8192) == "b warm"
+    assert yard.ask("x2", ctx=4096) == "a warm"
+
+
+def test_what_a_node_has_read_before_it_need_not_read_again() -> None:
+    yard = Yard(a=Has("x"), b=Has("x"))
+    yard.ask("x1", pin="b", tokens=1500, blocks=[1, 2])
+    yard.end("x1")
+    assert yard.terms("x", tokens=1536, blocks=[1, 2, 3]) == {
+        "a": terms(0, 0, 0.3 + 1536 / 3000),
+        "b": terms(0, 0, 0.3 + 512 / 3000),
+    }
+    assert yard.ask("x2", tokens=1536, blocks=[1, 2, 3]) == "b cached"
+    assert yard.ask("x3", tokens=1536, blocks=[4, 2, 3]) == "a warm"
+
+
+def test_what_was_read_is_forgotten_with_the_load() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1", blocks=[1, 2])
+    yard.end("x1")
+    yard.now += 100.0
+    yard.look("a", "")
+    yard.look("a", "x")
+    assert yard.ask("x2", blocks=[1, 2]) == "a warm"
+
+
+def test_no_prompt_is_longer_than_the_context() -> None:
+    yard = Yard(a=Has())
+    yard.look("a", "x", ctx=3000)
+    assert yard.terms("x", tokens=90_000) == {"a": terms(0, 0, 1.3)}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "others", "factor"),
+    [((20,), "", 1.0), ((20,), "y", 1.7), ((20,), "yz", 2.4), ((9, 9), "y", 1.0),
+     ((9, 9), "yz", 1.35), ((), "y", 1.7)],
+)  # fmt: skip
+def test_models_that_are_at_work_share_the_gpus(
+    gpus: Sequence[int], others: str, factor: float
+) -> None:
+    yard = Yard(a=Has("xyz", gpus=gpus))
+    for other in others:
+        yard.ask(other)
+    assert yard.terms("x", tokens=3000) == {"a": terms(0, 0, 1.3 * factor)}
+
+
+def test_what_was_learned_goes_before_what_is_guessed() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x")
+    yard.end("x")
+    told = Usage(1000, 50, eval_s=5.0, prompt_s=10.0)
+    yard.pool.learn(url("a"), "x:latest", told, "", 0, yard.now)
+    assert yard.terms("x", tokens=100, out=10) == {"a": terms(0, 0, 1.0 + 0.3)}
+
+
+# When no node can have it.
+
+
+def test_the_price_of_a_load_falls_with_waiting() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    yard.ask("x1", out=1300)  # 3.9 s of it are always to come
+    yard.now += 10.0
+    assert yard.ask("x2")[:5] == "waits"
+    assert yard.settle(5.0) == {}
+    assert yard.settle(1.0) == {"x2": "a load"}
+
+
+def test_after_eight_seconds_a_node_makes_room() -> None:
+    yard = Yard(a=Has("yz", slots=2))
+    yard.ask("y1", out=1000)
+    yard.ask("z1", out=1000)
+    yard.ask("x")
+    assert yard.settle(7.9) == {}
+    assert yard.ask("y2") == "a warm"
+    assert yard.settle(0.3) == {}
+    assert yard.ask("y3") == "waits inf"
+    assert yard.ask("z2") == "a warm"
+    assert yard.end("y1") == {}
+    assert yard.end("y2") == {"x": "a load"}
+    yard.begin("x")
+    assert yard.pool._scheduler.memory(yard.pool._nodes[url("a")]).wanted == ""
+
+
+def test_of_two_nodes_the_one_that_is_ready_first_makes_room() -> None:
+    yard = Yard(a=Has("yz"), b=Has("yz"), c=Has("x", present="u"))
+    for name, out in [("a", 2000), ("b", 1500)]:
+        yard.ask(f"y{name}", pin=name, out=out)
+        yard.ask(f"z{name}", pin=name, out=out)
+    yard.ask("x")
+    yard.ask("x-too")
+    yard.settle(8.0)
+    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler._memories.items()}
+    assert wanted == {"a": "", "b": "x:latest", "c": ""}
+    yard.ask("w")
+    yard.settle(8.0)
+    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler._memories.items()}
+    assert wanted == {"a": "w:latest", "b": "x:latest", "c": ""}
+
+
+def test_so_it_does_whichever_of_them_is_looked_at_first() -> None:
+    yard = Yard(a=Has("yz"), b=Has("yz"))
+    for name, out in [("a", 1500), ("b", 2000)]:
+        yard.ask(f"y{name}", pin=name, out=out)
+        yard.ask(f"z{name}", pin=name, out=out)
+    yard.ask("x")
+    yard.settle(8.0)
+    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler._memories.items()}
+    assert wanted == {"a": "x:latest", "b": ""}
+
+
+def test_no_node_makes_room_for_what_nobody_waits_for() -> None:
+    yard = Yard(a=Has("yz", slots=2))
+    yard.ask("y1")
+    yard.ask("z1")
+    yard.ask("x")
+    yard.settle(9.0)
+    assert yard.ask("y2") == "waits inf"
+    assert yard.end("x") == {"y2": "a warm"}
+
+
+def test_no_node_makes_room_for_what_others_have_loaded_there() -> None:
+    yard = Yard(a=Has("yz", slots=2))
+    yard.ask("y1")
+    yard.ask("z1")
+    yard.ask("x1")
+    yard.settle(9.0)
+    yard.look("a", "xyz")
+    assert yard.settle() == {"x1": "a warm"}
+    assert yard.ask("y2") == "a warm"
+
+
+def test_no_node_that_loads_makes_room() -> None:
+    yard = Yard(a=Has("yz"))
+    yard.ask("x")
+    yard.ask("w")
+    assert yard.settle(9.0) == {}
+    yard.begin("x")
+    assert yard.settle(20.0) == {"w": "a load"}
+
+
+# Who may.
+
+
+def flood(yard: Yard, flow: str, count: int) -> Counter[str]:
+    return Counter(yard.ask(f"x-{flow}{i}", flow=flow)[:5] for i in range(count))
+
+
+def test_a_flow_that_is_alone_gets_all_slots() -> None:
+    assert flood(Yard(a=Has("x", slots=4)), "f", 9) == {"a war": 4, "waits": 5}
+
+
+def test_beside_another_a_flow_gets_seven_tenths() -> None:
+    yard = Yard(a=Has("x", slots=4))
+    yard.ask("x-other", flow="o")
+    yard.end("x-other")
+    assert flood(yard, "f", 4) == {"a war": 3, "waits": 1}
+    assert yard.ask("x-other", flow="o") == "a warm"
+
+
+def test_a_flow_with_a_backlog_leaves_a_slot_of_each_model_to_others() -> None:
+    yard = Yard(a=Has("xyz", slots=4, gpus=(20,)))
+    yard.ask("y-other", flow="o")
+    assert flood(yard, "f", 12) == {"a war": 4, "waits": 8}, "of twelve slots in all"
+    assert yard.end("x-f0") == {}
+    assert yard.end("x-f1") == {}
+    assert yard.end("x-f2") == {"x-f4": "a warm"}, "two are its share of four"
+    assert yard.ask("x-other", flow="o") == "a warm"
+
+
+def test_a_flow_may_always_have_one() -> None:
+    yard = Yard(a=Has())
+    yard.ask("y", flow="o")
+    yard.end("y")
+    assert yard.ask("x", flow="f") == "a load"
+
+
+def test_others_that_are_gone_for_long_get_nothing_kept() -> None:
+    yard = Yard(a=Has("x", slots=4))
+    yard.ask("x-other", flow="o")
+    yard.end("x-other")
+    yard.now += 61.0
+    assert flood(yard, "f", 4) == {"a war": 4}
+
+
+def test_flows_take_turns_whoever_came_first() -> None:
+    """One that floods does not have the others wait for all that it has sent before them."""
+    yard = Yard(a=Has("x"))
+    flood(yard, "f", 100)
+    for flow in "gh":
+        yard.ask(f"x-{flow}", flow=flow)
+    order = [next(iter(yard.end(name))) for name in ("x-f0",)]
+    while len(order) < 4:
+        order.append(next(iter(yard.end(order[-1]))))
+    assert set(order) >= {"x-g", "x-h"}
+
+
+def test_a_flood_that_has_waited_long_goes_before_nobody() -> None:
+    """Ageing is for other priorities: among equals flows take turns."""
+    yard = Yard(a=Has("x"))
+    flood(yard, "f", 50)
+    yard.now += 31.0
+    yard.ask("x-other", flow="o")
+    order = ["x-f0"]
+    while len(order) < 4:
+        order += yard.end(order[-1])
+    assert "x-other" in order
+
+
+def test_the_urgent_go_first() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    yard.ask("x-batch", priority=Priority.BATCH)
+    yard.ask("x-normal")
+    yard.ask("x-now", priority=Priority.INTERACTIVE)
+    order = ["x1"]
+    while len(order) < 4:
+        order += yard.end(order[-1])
+    assert order == ["x1", "x-now", "x-normal", "x-batch"]
+
+
+@pytest.mark.parametrize("weight", [1, 3])
+@given(outs=st.lists(st.integers(10, 150), min_size=4, max_size=30))
+def test_two_flows_that_are_always_busy_get_their_shares_of_the_slots(
+    weight: int, outs: Sequence[int]
+) -> None:
+    """In seconds of slots, for their weights, within what one request of each takes; as long as
+    none waits so long that it goes before others for that."""
+    yard = Yard(a=Has("x", slots=1))
+    had = {"f": 0.0, "g": 0.0}
+    cost: dict[str, float] = {}
+    weights = {"f": 1, "g": weight}
+    sizes = {"f": outs, "g": outs[::-1]}
+    count = Counter[str]()
+
+    def come(flow: str) -> None:
+        name = f"x-{flow}{count[flow]}"
+        out = sizes[flow][count[flow] % len(outs)]
+        count[flow] += 1
+        cost[name] = out / 100
+        yard.ask(name, flow=flow, out=out, weight=weights[flow])
+
+    for _ in range(3):
+        come("f")
+        come("g")
+    bound = max(outs) / 100 * (1 + 1 / weight)
+    for _ in range(60):
+        [(name, _)] = [(n, one) for n, one in yard.leases.items()]
+        had[name[2]] += cost[name]
+        yard.now += cost[name]
+        yard.end(name)
+        come(name[2])
+        assert abs(had["f"] - had["g"] / weight) <= bound + 1e-6
+
+
+# What is refused, and what limits the choice.
+
+
+def test_who_cannot_be_served_in_time_is_told_so_at_once() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    assert yard.ask("x2", within_s=0.9) == "late 1.00"
+    assert yard.pool.waiting == 0
+    assert yard.ask("x3", within_s=1.1) == "waits 1.00"
+    assert yard.ask("x4", within_s=1.1) == "late 2.00", "behind the other"
+    assert yard.ask("y1", within_s=0.0) == "a load"
+    assert yard.ask("z", within_s=0.0) == "waits inf", "nobody knows how long"
+
+
+def test_so_many_of_one_flow_may_wait() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x", flow="f")
+    assert flood(yard, "f", 257) == {"waits": 256, "flow-": 1}
+    assert yard.ask("x-other", flow="o")[:5] == "waits"
+
+
+def test_so_many_may_wait_in_all() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x")
+    for flow in "abcdefgh":
+        assert flood(yard, flow, 256) == {"waits": 256}
+    assert yard.pool.waiting == 2048
+    assert yard.ask("x-more", flow="o") == "queue-full"
+    assert yard.ask("x-a", flow="a") == "queue-full"
+
+
+@pytest.mark.parametrize(("answered", "left"), [("", 1), (url("b"), 0)])
+def test_who_is_refused_or_leaves_takes_nothing_from_the_budget(answered: str, left: int) -> None:
+    """The budget has room for one."""
+    yard = Yard(a=Has("x"), b=Has("x"))
+    yard.ask("x-a", pin="a")
+    yard.ask("x-b", pin="b")
+    flood(yard, "f", 256)
+    for _ in range(3):
+        assert yard.ask("x-more", flow="f", answered=answered) == "flow-full"
+        yard.now += 100.0
+    assert yard.pool._budget.running == 0
+    yard.ask("x-one", flow="o", answered=answered)
+    assert yard.pool._budget.running == 1 - left
+    yard.end("x-one")
+    assert yard.pool._budget.running == 0
+    yard.now += 100.0
+    yard.ask("x-two", flow="o", answered=answered)
+    assert yard.end("x-a") == {"x-two": "a warm"} or "x-two" not in yard.leases
+    yard.end("x-two")
+    assert yard.pool._budget.running == 0
+
+
+def test_a_pin_leaves_one_node() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    assert yard.ask("x1", pin="a") == "a load"
+    yard.ask("x2", pin="b", out=9000)
+    assert yard.ask("x3", pin="b") == "waits 90.00"
+    assert yard.ask("x4", pin="c") == "unknown-pin"
+
+
+def test_the_very_same_model_is_asked_where_that_matters() -> None:
+    yard = Yard(a=Has("x", digest="one"), b=Has(digest="two"))
+    assert yard.ask("x1", digest="two") == "b load"
+    assert yard.ask("x2", digest="three") == "nodes-down"
+
+
+def test_a_node_that_was_tried_is_not_tried_again() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    assert yard.ask("x", tried=["b"]) == "a load"
+
+
+# What the nodes do meanwhile.
+
+
+def test_a_node_that_returns_is_empty() -> None:
+    yard = Yard(a=Has("x"))
+    yard.pool.observe(url("a"), Observation(Sign.REFUSED), yard.now)
+    yard.pool.observe(url("a"), Observation(Sign.GOOD), yard.now)
+    assert yard.ask("x") == "a load"
+
+
+def test_what_has_not_ended_on_a_node_that_seemed_down_still_counts() -> None:
+    yard = Yard(a=Has("y"))
+    yard.ask("x1")
+    for sign in (Sign.REFUSED, Sign.GOOD):
+        yard.pool.observe(url("a"), Observation(sign), yard.now)
+    assert yard.ask("x2") == "waits 3.75"
+    yard.begin("x1")
+    yard.pool.observe(url("a"), Observation(Sign.REFUSED), yard.now)
+    assert yard.settle() == {}
+    yard.pool.observe(url("a"), Observation(Sign.GOOD), yard.now)
+    assert yard.settle() == {}
+    assert yard.end("x1") == {"x2": "a warm"}
+
+
+def test_a_node_on_trial_gets_one_request_of_those_that_wait() -> None:
+    yard = Yard(a=Has("x", slots=4))
+    for i in range(6):
+        yard.ask(f"x{i}")
+    for i in range(3):
+        yard.end(f"x{i}", FAILED)
+    yard.end("x3")
+    for name in [*yard.leases]:
+        yard.end(name, FAILED)
+    for i in range(9):
+        yard.ask(f"x-{i}")
+    views = yard.pool.snapshot()
+    assert max(view.in_flight for view in views) <= 4
+
+
+def test_those_that_wait_wait_on_when_all_nodes_are_down() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    yard.ask("x2")
+    yard.pool.observe(url("a"), Observation(Sign.REFUSED), yard.now)
+    assert yard.end("x1", FAILED) == {}
+    assert yard.settle(20.0) == {}
+    yard.pool.observe(url("a"), Observation(Sign.GOOD), yard.now)
+    assert yard.settle() == {"x2": "a load"}
+
+
+def test_a_node_that_leaves_is_forgotten_with_its_last_request() -> None:
+    yard = Yard(a=Has("x"), b=Has("x"))
+    yard.ask("x1", pin="b")
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY, a=Has()), yard.now)
+    assert len(yard.pool._scheduler._memories) == 2
+    yard.end("x1")
+    assert len(yard.pool._scheduler._memories) == 1
+    yard.pool.learn(url("b"), "x:latest", Usage(), "", 0, yard.now)
+
+
+def test_those_that_wait_are_served_when_the_policy_changes() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    yard.ask("x2")
+    yard.pool.reconfigure(yard.topology(Policy.LEAST_IN_FLIGHT), yard.now)
+    assert yard.ask("x3") == "a only-node"
+    assert yard.end("x1") == {"x2": "a warm"}
+    assert yard.pool.waiting == 0
+
+
+def test_slots_are_learned_where_none_are_configured() -> None:
+    yard = Yard(a=Has("x", auto=True))
+    told = Usage(10, 10, eval_s=3.0, prompt_s=1.0, total_s=4.0)
+    yard.ask("x0", out=400)
+    for i in range(1, 40):
+        yard.ask(f"x{i}", out=400)
+    memory = yard.pool._scheduler.memory(yard.pool._nodes[url("a")])
+    served = 0
+    while memory.learned("x:latest").sure < 4 and served < 30:
+        yard.settle(2.0)
+        name, lease = next(iter(yard.leases.items()))
+        yard.end(name)
+        yard.pool.learn(url("a"), "x:latest", told, "", lease.ahead, yard.now)
+        served += 1
+    assert memory.learned("x:latest").sure == 4
+    yard.settle(2.0)
+    assert 4 <= len(yard.leases) <= 5
+
+
+def test_it_tells_its_state_in_one_line() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    yard.ask("x2")
+    assert repr(yard.pool._scheduler) == "<Scheduler 1 waiting>"
+
+
+def test_what_did_not_begin_by_its_order_is_no_concern_of_it() -> None:
+    yard = Yard(policy=Policy.LEAST_IN_FLIGHT, a=Has("x"))
+    yard.ask("x1")
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
+    yard.begin("x1")
+    assert yard.ask("x2") == "a load", "nothing was seen of it"
+    yard.end("x1")
+    assert yard.settle() == {}
+
+
+def test_who_tells_nothing_teaches_nothing() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x")
+    before = yard.terms("x")
+    yard.pool.learn(url("a"), "x:latest", Usage(), "", 0, yard.now)
+    assert yard.terms("x") == before
+
+
+def test_those_that_wait_are_counted_by_priority() -> None:
+    yard = Yard(a=Has("x"))
+    for i, priority in enumerate([*Priority, Priority.BATCH]):
+        yard.ask(f"x{i}", priority=priority)
+    assert yard.pool.queued() == {"interactive": 0, "normal": 1, "batch": 2}
+
+
+def test_what_is_known_of_slots_can_be_asked() -> None:
+    yard = Yard(a=Has("x", auto=True))
+    scheduler, node = yard.pool._scheduler, yard.pool._nodes[url("a")]
+    yard.ask("x")
+    assert scheduler.learned(node) == {"x:latest": 1}
+    scheduler.keep([])
+    assert scheduler.learned(node) == {}
