@@ -181,11 +181,12 @@ async def test_a_drained_node_gets_nothing_new_and_loses_nothing(tmp_path: Path,
             async with s.drained("n2"):
                 await asyncio.sleep(0.7)
                 await s.reload(log={"level": "debug"})
-                await asyncio.sleep(0.7)
+                # A pin there is a 503 that says so; however slow the machine, one will come.
+                while not tally.count(Outcome.REFUSED, Kind.PINNED) or tally.total(*SAFE) <= 50:  # noqa: ASYNC110 - nothing tells of a change
+                    await asyncio.sleep(0.05)
         await ended(s)
         s.check(before)
-        assert tally.count(Outcome.REFUSED, Kind.PINNED) > 0  # with a 503 that says so
-        assert tally.count(Outcome.RIGHT, *SAFE) == tally.total(*SAFE) > 50, tally.unhappy
+        assert tally.count(Outcome.RIGHT, *SAFE) == tally.total(*SAFE), tally.unhappy
 
 
 async def test_clients_that_vanish_leave_nothing_behind(tmp_path: Path, seed: str) -> None:
