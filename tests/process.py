@@ -184,7 +184,7 @@ async def started(*args: str, env: Mapping[str, str] | None = None) -> AsyncIter
 
 async def ran(*args: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Run a command to its end; returns (exit code, standard output, standard error)."""
-    async with asyncio.timeout(15), started(*args, env=env) as process:
+    async with asyncio.timeout(60), started(*args, env=env) as process:
         code = await process.ended()
         return code, str(process.out), str(process.err)
 
@@ -273,7 +273,7 @@ async def serving(
     standard error, without a traceback and without any of the `secrets`.
     """
     async with (
-        asyncio.timeout(18),
+        asyncio.timeout(60),
         started("serve", "--config", str(path), env=env) as process,
         aiohttp.ClientSession() as session,
     ):

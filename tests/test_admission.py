@@ -259,7 +259,7 @@ FEW = 256
 async def pressed(path: Path, node: SimNode) -> AsyncIterator[tuple[Process, str, str]]:
     """A router with few descriptors: its process, and where clients and operators find it."""
     write(path, settings(node))
-    async with asyncio.timeout(18), started("serve", "--config", str(path)) as process:
+    async with asyncio.timeout(60), started("serve", "--config", str(path)) as process:
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (FEW, FEW))
         line = await process.logged("listening")
         await process.logged("ready")

@@ -20,7 +20,7 @@ _CLOCKED = {
     "created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration",
     "id", "created",
 }  # fmt: skip
-_NAMED = ("id", "created", "system_fingerprint", "model")
+_NAMED = ("id", "system_fingerprint", "model")  # `created` is a clock, in seconds
 Record = dict[str, Any]
 
 

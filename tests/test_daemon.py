@@ -330,7 +330,7 @@ async def test_a_task_that_fails_ends_the_process_loudly(path: Path, tmp_path: P
         node.fault = STALL
         write(path, settings(node, timeouts=HOURS))
         env = {"PYTHONPATH": str(tmp_path)}
-        async with asyncio.timeout(15), started("serve", "--config", str(path), env=env) as process:
+        async with asyncio.timeout(60), started("serve", "--config", str(path), env=env) as process:
             assert await process.ended() == 1
     [line] = [line for line in process.log if line["level"] == "error"]
     assert line["event"] == "a task failed, ending"

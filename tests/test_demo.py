@@ -34,7 +34,7 @@ async def test_once_prints_the_answer_who_gave_it_and_where_to_go_on() -> None:
 
 
 async def test_without_once_it_runs_until_ctrl_c() -> None:
-    async with asyncio.timeout(18), started("demo") as process, aiohttp.ClientSession() as session:
+    async with asyncio.timeout(60), started("demo") as process, aiohttp.ClientSession() as session:
         _, url, _, body = shlex.split(await process.out.next(lambda line: line.startswith("curl ")))
         await process.out.next(lambda line: line == "Ctrl-C stops it.")
         async with session.post(url, data=body) as answer:

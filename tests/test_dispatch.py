@@ -254,7 +254,7 @@ class Crowd:
 
 @contextlib.asynccontextmanager
 async def crowd(books: Books) -> AsyncIterator[Crowd]:
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         found = Crowd(books, group)
         yield found
         found.stay.set()

@@ -185,7 +185,7 @@ async def _all(batch: list[Sent]) -> None:
     specs = (spec(model(), model(KEPT)), spec(model(), model("other"), model(KEPT)))
     async with rig(*specs, aliases={"chat": f"{MODEL}@n1"}) as r:
         for sent in batch:
-            async with asyncio.timeout(5), talk(r.url) as client:
+            async with asyncio.timeout(30), talk(r.url) as client:
                 await client.send(sent.data)
                 _check(sent, await client.answer(bodiless=sent.method == "HEAD"))
         await _unharmed(r)
@@ -232,7 +232,7 @@ async def _unharmed(r: Rig) -> None:
         async with r.chat(model=f"{KEPT}@{name}") as answer:
             assert answer.status == 200
             await answer.read()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await r.until(lambda: r.app.pool.in_flight == 0)
         await r.until(lambda: all(node.in_flight == 0 for node in r.nodes))
         await r.app._gate.idle()

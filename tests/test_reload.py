@@ -59,7 +59,7 @@ async def running(
     console = _Console()
     log.setup("debug", "json", console)
     async with (
-        asyncio.timeout(15),
+        asyncio.timeout(60),
         aiohttp.ClientSession() as session,
         asyncio.TaskGroup() as group,
     ):

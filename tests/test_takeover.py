@@ -757,7 +757,6 @@ async def test_kept_connections_lose_nothing_where_no_request_holds_the_old_proc
     assert outcomes == ["ok"] * len(load.kept)
 
 
-@pytest.mark.timeout(90)
 async def test_not_one_request_is_lost_over_five_restarts(place: Path) -> None:
     models = model(decode_tps=8), model(QUICK)
     busy = {"num_parallel": 512, "answer_tokens": (24, 24), "memory_bytes": 1 << 50}

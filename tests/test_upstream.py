@@ -1443,7 +1443,7 @@ CHECKS = [test for name, test in globals().items() if name.startswith("test_") a
 def test_holds_under_uvloop(check: Callable[..., Awaitable[None]], ca: Ca) -> None:
     async def run() -> None:
         nodes, clock = Nodes(), Clock()
-        async with asyncio.timeout(15), leakproof(nodes, clock) as upstream:
+        async with asyncio.timeout(60), leakproof(nodes, clock) as upstream:
             has = {"nodes": nodes, "clock": clock, "upstream": upstream, "ca": ca}
             await check(**{name: has[name] for name in inspect.signature(check).parameters})
 

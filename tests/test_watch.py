@@ -16,7 +16,7 @@ def make(folder: Path) -> None:
 
 
 async def told(changes: AsyncIterator[None]) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         await anext(changes)
 
 

@@ -121,7 +121,7 @@ class Line:
             conn.abort()
 
     async def replay(self, pieces: list[bytes], *, eof: bool, no_body: bool = False) -> Outcome:
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             call = group.create_task(self.call(no_body=no_body))
             await asyncio.sleep(0)  # the request goes first
             await self.pipe.feed(pieces)

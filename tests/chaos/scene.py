@@ -28,7 +28,7 @@ SECTIONS: Mapping[str, Any] = {
     },
     "timeouts": {"connect_s": 1, "first_byte_s": 4, "between_records_s": 2},
 }  # fmt: skip
-_QUIET_S = 8.0
+_QUIET_S = 30.0
 _GRACE_S = 0.5  # what had its lease before may still be on its way
 _MB = 1 << 20
 
@@ -231,13 +231,13 @@ async def _serving(path: Path) -> AsyncIterator[Router]:
         started("serve", "--config", str(path)) as process,
         aiohttp.ClientSession() as session,
     ):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             line = await process.logged("listening")
             await process.logged("ready")
         router = Router(process, path, session, line["clients"][0], line["admin"][0])
         yield router
         assert process.running, f"the router has ended:\n{process.text[-3000:]}"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await router.stop() == 0
         assert "Traceback" not in process.text, process.text
         unexpected = [line for line in process.log if "exception" in line]

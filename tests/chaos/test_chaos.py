@@ -14,7 +14,7 @@ from tests.chaos.scene import Scene, scene
 from tests.chaos.verdicts import Outcome
 from tests.rig import MODEL
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.chaos
 
 
 async def ended(s: Scene) -> None:
@@ -133,7 +133,7 @@ async def test_an_ejected_node_gets_single_trials(tmp_path: Path, seed: str) -> 
         bad = s.fleet["n2"]
         await bad.fault(kind="status", status=500, message="the runner was told to fail")
         async with s.load(kinds=(Kind.CHAT,), workers=12).running() as tally:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await s.router.until(lambda shown: bool(shown["nodes"][1]["ejected"]))
             async with s.without_new(bad, trials=2):  # the first after 0.5 s at least, then 1 s
                 await asyncio.sleep(1.6)
@@ -207,7 +207,7 @@ async def test_both_sides_count_the_same(tmp_path: Path, seed: str) -> None:
         for node in s.fleet.nodes:
             await node.fault(kind="hang")
         async with s.load(kinds=SAFE, workers=30, limit=30).running():
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while sum((await s.fleet.in_flight()).values()) < 30:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             await s.agree()

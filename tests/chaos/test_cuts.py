@@ -16,7 +16,7 @@ from tests.chaos.orders import Kind
 from tests.chaos.scene import Scene, scene
 from tests.chaos.verdicts import Outcome, Violation, verdict
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.chaos
 
 AT_ONCE = Speed(load_s=0, decode_tps=float("inf"), tokens=(2, 2))
 _NUMBER = re.compile("[0-9]+")

@@ -10,7 +10,7 @@ from tests.chaos.load import Load
 from tests.chaos.orders import Catalog, Kind
 from tests.rig import Rig, model, rig, spec
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.chaos
 
 _BOUNDS = (5, 20)
 _NODE = spec(
@@ -46,13 +46,13 @@ async def test_no_task_is_left_after_every_fault(seed: str) -> None:
     async with rig(_NODE, _NODE, timeouts=timeouts) as r:
         before = asyncio.all_tasks()
         load = await storm(r, seed)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await r.until(lambda: r.app.pool.in_flight == 0)
             for node in r.nodes:
                 await node.until(lambda node=node: node.in_flight == 0)  # type: ignore[misc]
                 node.drop_connections()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     await r.until(lambda: asyncio.all_tasks() <= before)
         assert asyncio.all_tasks() <= before
         assert not load.tally.violations, load.tally.violations[:5]

@@ -520,7 +520,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=150, stateful_step_count=40)
+TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 def test_the_machine_knows_every_transition() -> None:

@@ -343,4 +343,4 @@ def key_of(attempt: Attempt) -> str:
 
 
 TestSchedulingMachine = SchedulingMachine.TestCase
-TestSchedulingMachine.settings = settings(max_examples=150, stateful_step_count=40)
+TestSchedulingMachine.settings = settings(max_examples=100, stateful_step_count=40)

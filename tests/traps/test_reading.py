@@ -168,7 +168,7 @@ async def test_trap_06_a_chat_with_60_mb_of_images_passes() -> None:
     message = {"role": "user", "content": "what is this?", "images": [image]}
     body = json.dumps({"model": MODEL, "messages": [message], "stream": False}).encode()
     async with scripted(script) as url, rig(entries=[{"url": url}]) as r:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             async with r.session.post(f"{r.url}/api/chat", data=io.BytesIO(body)) as told:
                 assert told.status == 200
         assert sizes == [len(body)]
