@@ -10,7 +10,7 @@ from types import TracebackType
 import msgspec
 
 from router.core.policy import Attempt
-from router.core.pool import Lease, Pool, Queued
+from router.core.pool import AGAIN_S, Lease, Pool, Queued
 from router.core.types import Failure, Flip, NodeSpec, Outcome, Reason, Refusal, Rejected
 from router.errors import UpstreamError
 
@@ -19,7 +19,6 @@ _ENDED, _UNTOLD = Outcome(), Outcome(told=False)
 _WAITING_MAX = 2048
 _ALIKE_MAX = 1024  # for one model, so that others can wait too
 _DECISIONS_MAX = 256  # that are remembered
-_AGAIN_S = 0.25  # what a wait is worth changes with time, too
 
 
 class Refused(Exception):
@@ -63,7 +62,7 @@ class Dispatch:
         self.clock = clock
         self.waiting = 0
         self._waiters: dict[str, deque[asyncio.Future[None]]] = {}
-        self._queued: dict[Attempt, asyncio.Future[Lease | Rejected]] = {}
+        self._queued: dict[Attempt, asyncio.Future[Lease]] = {}
         self._again: asyncio.TimerHandle | None = None
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)
 
@@ -111,7 +110,7 @@ class Dispatch:
     async def turn(self, queued: Queued, deadline: float) -> Lease:
         """Wait until the pool gives a queued attempt a node. Raises Refused."""
         attempt, began = queued.attempt, self.clock()
-        waiter: asyncio.Future[Lease | Rejected] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._queued[attempt] = waiter
         self.settle()
         try:
@@ -126,8 +125,6 @@ class Dispatch:
         finally:
             del self._queued[attempt]
             self.settle()
-        if isinstance(given, Rejected):
-            raise Refused(given)
         self.on_wait(queued, self.clock() - began)
         return given
 
@@ -142,15 +139,14 @@ class Dispatch:
         pool = self.pool
         if not self._queued and not pool.waiting:
             return
-        for one in pool.granted(self.clock()):
-            attempt, given = (one.attempt, one) if isinstance(one, Lease) else one
-            waiter = self._queued.get(attempt)
+        for given in pool.granted(self.clock()):
+            waiter = self._queued.get(given.attempt)
             if waiter is not None and not waiter.done():
                 waiter.set_result(given)
             else:
-                pool.leave(attempt, _UNTOLD, self.clock())
+                pool.leave(given.attempt, _UNTOLD, self.clock())
         if pool.waiting and self._again is None:
-            self._again = asyncio.get_running_loop().call_later(_AGAIN_S, self._look_again)
+            self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._look_again)
 
     def _look_again(self) -> None:
         self._again = None

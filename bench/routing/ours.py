@@ -7,7 +7,7 @@ from random import Random
 
 from bench.routing.routers import Ask, Decision, Final, FleetView, Loaded
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import AGAIN_S, Lease, Pool
 from router.core.types import (
     Model,
     NodeSpec,
@@ -21,7 +21,6 @@ from router.core.types import (
 from router.core.usage import Usage
 from router.core.work import Work
 
-_AGAIN_S = 0.25  # as router/dispatch.py does
 _DAY_S = 86_400.0  # the clock of a run starts here, so that no time of a node is before it
 
 
@@ -72,7 +71,6 @@ class Ours:
 
     def _collect(self, now: float) -> None:
         for one in self._pool.granted(now):
-            assert isinstance(one, Lease), one
             self._send(one)
 
     def first(self, ask: Ask, now: float) -> None:
@@ -110,7 +108,7 @@ class Ours:
         return found
 
     def wake_at(self) -> float | None:
-        return self._now + _AGAIN_S if self._pool.waiting else None
+        return self._now + AGAIN_S if self._pool.waiting else None
 
 
 def _iso(at_s: float) -> str:

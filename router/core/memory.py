@@ -24,19 +24,20 @@ _SETTLING_S = 3.0  # so long after its end a load may be missing in an answer of
 
 
 class Run(msgspec.Struct, eq=False):
-    """One request at work: since when, for how long as expected, and the least that is left."""
+    """One request at work: since when, and how long it is expected to take until its answer
+    begins and for the answer."""
 
     since: float
-    service_s: float
-    least_s: float
+    first_s: float
+    out_s: float
     ahead: int = 0
 
     def left_s(self, now: float) -> float:
-        return max(self.since + self.service_s - now, self.least_s)
+        return max(self.since + self.first_s + self.out_s - now, _AT_LEAST * self.out_s)
 
     def begin(self, now: float) -> None:
         """Its answer begins: what is left is the answer."""
-        self.since, self.service_s = now, self.least_s / _AT_LEAST
+        self.since, self.first_s = now, 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -222,9 +223,9 @@ class Memory:
             self.loading = None
 
     def forget(self) -> None:
-        """It is empty: the node has ended."""
-        self.loaded.clear()
-        self.loading = None
+        """The node has ended: it is empty, but for what has not ended yet as far as is known. That
+        counts until it does."""
+        self.loaded = {key: one for key, one in self.loaded.items() if one.runs}
         self.wanted, self.leaving = "", ()
 
     def reserve(self, key: str, victims: Collection[Loaded]) -> None:

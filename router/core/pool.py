@@ -38,7 +38,7 @@ from router.core.work import Priority, Work
 
 _NO_NEED = Need.NONE
 _BYTES_PER_TOKEN = 4
-_AGAIN_S = 0.25  # what a wait is worth changes with time, too
+AGAIN_S = 0.25  # what a wait is worth changes with time, too: then it is to be asked again
 _WAITING_MAX, _ALIKE_MAX = 2048, 256  # in all, and of one flow
 _TOKENS_MAX = 262_144  # no model reads more; a larger body is an image
 
@@ -65,16 +65,20 @@ class Queued(msgspec.Struct, frozen=True, eq=False):
 
 class _Held(msgspec.Struct, frozen=True, eq=False):
     """Where a lease is counted. `turn`: how many leases had been given with it; `paid`: it takes
-    from the budget of retries."""
+    from the budget of retries; `scheduled`: the scheduler has placed it."""
 
     node: Node
     key: str
     turn: int
     paid: bool
+    scheduled: bool
 
 
 class Pool:
-    """All nodes and all leases. `revision` grows with every change that a listing may show."""
+    """All nodes and all leases. `revision` grows with every change that a listing may show;
+    `schedules`: requests may wait here, and it matters how much work they are."""
+
+    schedules: bool
 
     def __init__(self, topology: Topology, now: float, roll: Roll = lambda: 0.5) -> None:
         self.revision = 0
@@ -100,6 +104,7 @@ class Pool:
     def reconfigure(self, topology: Topology, now: float) -> None:
         """Take a new configuration. A node whose url stays keeps its state."""
         self._topology = topology
+        self.schedules = topology.policy is Policy.EXPECTED_DELAY
         self._ground.rules = topology.resilience
         self._rules = Rules(topology)
         before = self._nodes | {node.spec.url: node for node in self._leaving}
@@ -114,7 +119,7 @@ class Pool:
         ]
         self._again_at = 0.0
         self._resolver = Resolver(self._pools, self._rules, topology)
-        self._scheduler.keep([*self._nodes.values(), *self._leaving])
+        self._scheduler.scores.keep([*self._nodes.values(), *self._leaving])
         self._touched.clear()
         self.revision += 1
 
@@ -281,22 +286,18 @@ class Pool:
         now: float,
         *,
         paid: bool,
-        ahead: int = 0,
-        expected_s: float | None = None,
+        placed: Placed | None = None,
     ) -> Lease:
         ground, model = self._ground, attempt.target.model
         key = "" if model is None else model.key
         ground.turn += 1
         flips = node.lease(key, ground, now)
-        self._leases[attempt] = _Held(node, key, ground.turn, paid)
-        return Lease(attempt, node.spec, reason, flips, ahead, expected_s)
+        self._leases[attempt] = _Held(node, key, ground.turn, paid, placed is not None)
+        if placed is None:
+            return Lease(attempt, node.spec, reason, flips)
+        return Lease(attempt, node.spec, reason, flips, placed.ahead, placed.first_s)
 
     # Those that wait.
-
-    @property
-    def schedules(self) -> bool:
-        """Whether requests may wait here, and it matters how much work they are."""
-        return self._topology.policy is Policy.EXPECTED_DELAY
 
     @property
     def waiting(self) -> int:
@@ -314,23 +315,19 @@ class Pool:
             return Rejected(Refusal.FULL if full else Refusal.CROWDED)
         if paid:
             self._paid.add(attempt)
-        one, placed = self._scheduler.submit(attempt, key, self._nodes_of(now), now)
-        if placed:
-            return self._placed(placed[0], now)
-        if work.deadline < now + one.expected_s < inf:
+        found = self._scheduler.submit(attempt, key, self._nodes_of(now), now)
+        if isinstance(found, Placed):
+            return self._placed(found, now)
+        if work.deadline < now + found.expected_s < inf:
             self.leave(attempt, Outcome(told=False), now)
-            return Rejected(Refusal.LATE, after_s=one.expected_s)
+            return Rejected(Refusal.LATE, after_s=found.expected_s)
         self._came.add(key)
-        return Queued(attempt, one.expected_s)
+        return Queued(attempt, found.expected_s)
 
     def _placed(self, found: Placed, now: float) -> Lease:
         paid = found.attempt in self._paid
         self._paid.discard(found.attempt)
-        attempt, node = found.attempt, found.node
-        return self._lease(
-            attempt, node, found.reason, now, paid=paid, ahead=found.ahead,
-            expected_s=found.first_s,
-        )  # fmt: skip
+        return self._lease(found.attempt, found.node, found.reason, now, paid=paid, placed=found)
 
     def _nodes_of(self, now: float) -> Callable[[Attempt], Sequence[Node]]:
         """The nodes that may be asked for each of those that wait: worked out once for those that
@@ -350,7 +347,7 @@ class Pool:
 
         return nodes_of
 
-    def granted(self, now: float) -> Sequence[Lease | tuple[Attempt, Rejected]]:
+    def granted(self, now: float) -> Sequence[Lease]:
         """Those that wait no longer. To be asked whenever the pool was told something."""
         touched, self._touched = self._touched, set()
         came, self._came = self._came, set()
@@ -358,7 +355,7 @@ class Pool:
             return ()
         everywhere = now >= self._again_at or self._scheduler.unbarred
         if everywhere:
-            self._again_at, self._scheduler.unbarred = now + _AGAIN_S, False
+            self._again_at, self._scheduler.unbarred = now + AGAIN_S, False
         elif not touched and not came:
             return ()
         where = None if everywhere else touched
@@ -370,7 +367,7 @@ class Pool:
     def began(self, attempt: Attempt, now: float) -> None:
         """The first record of its answer is there."""
         held = self._leases.get(attempt)
-        if held is not None and self.schedules:
+        if held is not None and held.scheduled:
             self._scheduler.began(attempt, held.node, held.key, now)
             self._touched.add(held.node)
 
@@ -389,23 +386,24 @@ class Pool:
         """The one way out, for an attempt that was leased and for one that was not."""
         held = self._leases.pop(attempt, None)
         if held is None:
-            self._scheduler.leave(attempt, None, "", now, good=False)
+            self._scheduler.withdraw(attempt)
             self._again_at = 0.0  # others may have waited for its sake
             if attempt in self._paid:
                 self._paid.discard(attempt)
                 self._budget.give()
             return ()
         node, failure = held.node, outcome.failure
-        good = failure is None and outcome.told
-        self._scheduler.leave(attempt, node, held.key, now, good=good)
-        self._touched.add(node)
+        if held.scheduled:
+            good = failure is None and outcome.told
+            self._scheduler.leave(attempt, node, held.key, now, good=good)
+            self._touched.add(node)
         if held.paid:
             self._budget.give()
         flips = node.leave(held.key, held.turn, outcome, self._ground, now)
         if not node.in_flight and node in self._leaving:
             self._leaving.remove(node)
             self._touched.discard(node)
-            self._scheduler.keep([*self._nodes.values(), *self._leaving])
+            self._scheduler.scores.keep([*self._nodes.values(), *self._leaving])
         if failure is None:
             return flips
         if failure.kind is FailureKind.FIRST_BYTE_TIMEOUT:
@@ -486,7 +484,7 @@ class Pool:
         if node.learn(seen):
             self.revision += 1
         if seen.resident is not None and self.schedules:
-            self._scheduler.see(node, now, seen.wall)
+            self._scheduler.scores.see(node, now, seen.wall)
             self._touched.add(node)
         if seen.sign is None:
             return ()
@@ -501,7 +499,7 @@ class Pool:
         self.revision += 1
         self._again_at = 0.0
         if health is Health.DOWN:
-            self._scheduler.lost(node)
+            self._scheduler.scores.lost(node)
         if was is Health.DOWN:
             node.full_at = now + topology.resilience.slow_start_s
         return [Flip(node.spec.name, was, health, detail)]

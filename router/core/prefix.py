@@ -46,6 +46,3 @@ class Prefixes:
             known[block] = None
         while len(known) > _BLOCKS_MAX:
             del known[next(iter(known))]
-
-    def clear(self) -> None:
-        self._known.clear()

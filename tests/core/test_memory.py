@@ -110,7 +110,7 @@ def told(limit_gb: int | None, what: str) -> Memory:
     memory.see(listed(what.replace("*", "").replace("~", "")), 0.0, WALL)
     for one in what.split():
         if one[-1] in "*~":
-            memory.loaded[one[0]].runs[one] = Run(0.0, 10.0, 3.0)
+            memory.loaded[one[0]].runs[one] = Run(0.0, 0.0, 10.0)
         if one[-1] == "~":
             memory.loaded[one[0]].ready = 60.0
     return memory
@@ -185,7 +185,7 @@ def both(fleet: list[tuple[int, int, bool]], free_gb: int) -> tuple[Scheduler, M
     for model, (_, _, busy) in zip(models, fleet, strict=True):
         if busy:
             node.submit(Job(model, answer_tokens=10**6), 0.0)
-            memory.loaded[model.name].runs[model] = Run(0.0, 10.0, 3.0)
+            memory.loaded[model.name].runs[model] = Run(0.0, 0.0, 10.0)
     node.advance(0.0)
     return node, memory
 
@@ -485,7 +485,7 @@ def test_what_is_not_listed_is_gone_unless_there_is_a_reason(
 def test_a_good_end_means_that_it_is_loaded() -> None:
     memory = Memory([])
     one = memory.load("a", GB, None, ready=20.0, now=0.0)
-    one.runs["r"] = Run(0.0, 10.0, 3.0)
+    one.runs["r"] = Run(0.0, 0.0, 10.0)
     memory.end("r", "a", 8.0, good=True)
     assert (one.runs, one.ready, one.used, memory.loading) == ({}, None, 8.0, None)
 
@@ -493,7 +493,7 @@ def test_a_good_end_means_that_it_is_loaded() -> None:
 def test_a_load_whose_last_request_failed_is_none() -> None:
     memory = Memory([])
     one = memory.load("a", GB, None, ready=20.0, now=0.0)
-    one.runs.update({"r": Run(0.0, 10.0, 3.0), "s": Run(0.0, 10.0, 3.0)})
+    one.runs.update({"r": Run(0.0, 0.0, 10.0), "s": Run(0.0, 0.0, 10.0)})
     memory.end("r", "a", 8.0, good=False)
     assert memory.loading is one
     memory.end("s", "a", 8.0, good=False)
@@ -518,12 +518,12 @@ def test_an_end_of_what_is_not_there_changes_nothing() -> None:
 
 
 def test_a_request_has_as_long_left_as_was_expected_and_at_least_some_of_its_answer() -> None:
-    run = Run(since=10.0, service_s=20.0, least_s=3.0)
+    run = Run(since=10.0, first_s=10.0, out_s=10.0)
     assert [run.left_s(now) for now in (10.0, 15.0, 27.0, 28.0, 500.0)] == [20, 15, 3, 3, 3]
 
 
 def test_once_it_answers_only_the_answer_is_left() -> None:
-    run = Run(since=10.0, service_s=90.0, least_s=3.0)
+    run = Run(since=10.0, first_s=80.0, out_s=10.0)
     run.begin(15.0)
     assert [run.left_s(now) for now in (15.0, 20.0, 500.0)] == pytest.approx([10, 5, 3])
 
@@ -531,7 +531,7 @@ def test_once_it_answers_only_the_answer_is_left() -> None:
 def test_a_model_tells_when_each_of_its_requests_ends() -> None:
     one = told(24, "a10").loaded["a"]
     assert one.ends(0.0) == []
-    one.runs.update({1: Run(0.0, 10.0, 1.0), 2: Run(2.0, 10.0, 1.0)})
+    one.runs.update({1: Run(0.0, 0.0, 10.0), 2: Run(2.0, 0.0, 10.0)})
     assert one.ends(4.0) == [6.0, 8.0]
 
 

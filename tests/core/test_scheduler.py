@@ -79,7 +79,7 @@ class Yard:
             self.pool.observe(url(name), seen, self.now)
             self.look(name, has.loaded)
         for key in ALL:  # so many are expected as are asked for
-            self.pool._scheduler.lengths.learn(f"{key}:latest", "", 1_000_000)
+            self.pool._scheduler.scores._lengths.learn(f"{key}:latest", "", 1_000_000)
         self.now = 1000.0
 
     def topology(self, policy: Policy, **nodes: Has) -> Topology:
@@ -152,7 +152,7 @@ class Yard:
     def demand(self, model: str, times: int) -> None:
         """So many have asked for it just now."""
         for _ in range(times):
-            self.pool._scheduler.demand.count(f"{model}:latest", self.now)
+            self.pool._scheduler.scores._demand.count(f"{model}:latest", self.now)
 
 
 def terms(wait_s: float, load_s: float, answer_s: float) -> object:
@@ -447,7 +447,7 @@ def test_after_eight_seconds_a_node_makes_room() -> None:
     assert yard.end("y1") == {}
     assert yard.end("y2") == {"x": "a load"}
     yard.begin("x")
-    assert yard.pool._scheduler.memory(yard.pool._nodes[url("a")]).wanted == ""
+    assert yard.pool._scheduler.scores.memory(yard.pool._nodes[url("a")]).wanted == ""
 
 
 def test_of_two_nodes_the_one_that_is_ready_first_makes_room() -> None:
@@ -458,11 +458,11 @@ def test_of_two_nodes_the_one_that_is_ready_first_makes_room() -> None:
     yard.ask("x")
     yard.ask("x-too")
     yard.settle(8.0)
-    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler._memories.items()}
+    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler.scores.memories.items()}
     assert wanted == {"a": "", "b": "x:latest", "c": ""}
     yard.ask("w")
     yard.settle(8.0)
-    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler._memories.items()}
+    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler.scores.memories.items()}
     assert wanted == {"a": "w:latest", "b": "x:latest", "c": ""}
 
 
@@ -473,7 +473,7 @@ def test_so_it_does_whichever_of_them_is_looked_at_first() -> None:
         yard.ask(f"z{name}", pin=name, out=out)
     yard.ask("x")
     yard.settle(8.0)
-    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler._memories.items()}
+    wanted = {n.spec.name: m.wanted for n, m in yard.pool._scheduler.scores.memories.items()}
     assert wanted == {"a": "x:latest", "b": ""}
 
 
@@ -747,9 +747,9 @@ def test_a_node_that_leaves_is_forgotten_with_its_last_request() -> None:
     yard = Yard(a=Has("x"), b=Has("x"))
     yard.ask("x1", pin="b")
     yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY, a=Has()), yard.now)
-    assert len(yard.pool._scheduler._memories) == 2
+    assert len(yard.pool._scheduler.scores.memories) == 2
     yard.end("x1")
-    assert len(yard.pool._scheduler._memories) == 1
+    assert len(yard.pool._scheduler.scores.memories) == 1
     yard.pool.learn(url("b"), "x:latest", Usage(), "", 0, yard.now)
 
 
@@ -769,7 +769,7 @@ def test_slots_are_learned_where_none_are_configured() -> None:
     yard.ask("x0", out=400)
     for i in range(1, 40):
         yard.ask(f"x{i}", out=400)
-    memory = yard.pool._scheduler.memory(yard.pool._nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memory(yard.pool._nodes[url("a")])
     served = 0
     while memory.learned("x:latest").sure < 4 and served < 30:
         yard.settle(2.0)
@@ -787,6 +787,7 @@ def test_it_tells_its_state_in_one_line() -> None:
     yard.ask("x1")
     yard.ask("x2")
     assert repr(yard.pool._scheduler) == "<Scheduler 1 waiting>"
+    assert repr(yard.pool._scheduler.scores) == "<Scores [<a up 1 in flight>]>"
 
 
 def test_what_did_not_begin_by_its_order_is_no_concern_of_it() -> None:
@@ -819,5 +820,5 @@ def test_what_is_known_of_slots_can_be_asked() -> None:
     scheduler, node = yard.pool._scheduler, yard.pool._nodes[url("a")]
     yard.ask("x")
     assert scheduler.learned(node) == {"x:latest": 1}
-    scheduler.keep([])
+    scheduler.scores.keep([])
     assert scheduler.learned(node) == {}

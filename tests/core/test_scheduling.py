@@ -145,7 +145,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         attempt, url, key = lease.attempt, lease.node.url, key_of(lease.attempt)
         before = self.on(url, key)
         assert lease.ahead == before
-        memory = self.pool._scheduler.memory(self.nodes[url])
+        memory = self.pool._scheduler.scores.memory(self.nodes[url])
         spec = self.specs[url]
         most = memory.learned(key).sure + 1 if spec.auto else spec.slots
         assert before < most, "slots hold"
@@ -271,7 +271,7 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     @invariant()
     def whoever_works_there_is_known(self) -> None:
-        for node, memory in self.pool._scheduler._memories.items():
+        for node, memory in self.pool._scheduler.scores.memories.items():
             known = {run for one in memory.loaded.values() for run in one.runs}
             held = {one for one, lease in self.leases.items() if lease.node.url == node.spec.url}
             assert known == held
@@ -291,7 +291,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         if not scheduler._may(one):
             return
         for node in nodes:
-            memory = scheduler.memory(node)
+            memory = scheduler.scores.memory(node)
             loaded = memory.loaded.get(one.key)
             if loaded is None or loaded.ready is not None or one.key in memory.leaving:
                 continue
@@ -302,7 +302,7 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     def is_better_elsewhere(self, one: Waiting, node: Node) -> bool:
         scheduler = self.pool._scheduler
-        scheduler._seats.clear()
+        scheduler.scores.begin()
         nodes = self.pool._nodes_of(self.now)(one.attempt)
         best, _ = scheduler._best(one, nodes, self.now)
         return best is not None and best.node is not node
@@ -331,7 +331,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         self.books_balance()
         scheduler = self.pool._scheduler
         assert not scheduler.queue.by_key
-        for node, memory in scheduler._memories.items():
+        for node, memory in scheduler.scores.memories.items():
             assert node in self.nodes.values()
             assert not memory.wanted
             assert not memory.leaving

@@ -104,10 +104,9 @@ def test_it_never_believes_in_more_than_there_are(
 @pytest.mark.parametrize(
     ("parallel", "requests"), [(1, 0), (2, 10), (3, 20), (4, 40), (8, 200), (16, 800)]
 )
-@given(seed=SEEDS)
-def test_it_finds_out_within_some_tens_of_requests(parallel: int, requests: int, seed: int) -> None:
-    node = Loaded(parallel, chance=Random(seed)).serve(requests + 50)
-    assert node.converged <= requests
+def test_it_finds_out_within_some_tens_of_requests(parallel: int, requests: int) -> None:
+    nodes = [Loaded(parallel, chance=Random(seed)).serve(requests + 50) for seed in range(20)]
+    assert max(node.converged for node in nodes) <= requests
 
 
 @pytest.mark.parametrize("parallel", [2, 3])

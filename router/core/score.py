@@ -1,0 +1,303 @@
+"""What a node would cost a request, in seconds: waiting, a load with what it drives out, and the
+answer's beginning."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from math import exp, inf
+
+import msgspec
+
+from router.core.demand import Demand
+from router.core.estimate import Cost, Lengths, cost, pace
+from router.core.memory import Loaded, Memory
+from router.core.node import Node
+from router.core.policy import Attempt
+from router.core.prefix import BLOCK_TOKENS
+from router.core.queue import Waiting
+from router.core.types import Reason
+from router.core.usage import Usage
+
+_FIRST_SHARE = 0.3  # how much the length of an answer weighs against its first token
+_CONTENTION = 0.7
+_CAUTION = 0.5  # a load counts for so much more than it takes,
+_AGED_S, _AGED_SHARE = 30.0, 0.1  # and less so for one that has waited
+_SOON_S = 120.0  # a victim that is wanted again within so long has to be loaded again
+_ONLY_COPY, _COPIES = 8.0, 4.0
+_SETTLED_LOADS = 4.0  # a model stays at least so many times as long as it took to load
+_ENDS_MAX = 64  # of one seat that are told apart
+_LOADING_S = 0.1  # at least, until it is seen to be over
+RUNNING_S = 0.01  # likewise: what is at work has its slot, however short it was thought to be
+
+
+class Terms(msgspec.Struct, frozen=True, eq=False):
+    """What a node would cost a request, in seconds: waiting for a slot, a load with what it drives
+    out, and the answer's beginning. `now`: it may have it now."""
+
+    wait_s: float
+    load_s: float
+    answer_s: float
+    now: bool
+
+    @property
+    def total_s(self) -> float:
+        return self.wait_s + self.load_s + self.answer_s
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One model on one node, in one pass. `ends`: a heap of when its slots are free, in seconds;
+    `loaded` is None where it has to be loaded, and `victims` then what has to go for it, None where
+    that cannot be; `evicts_s` what that costs others."""
+
+    node: Node
+    memory: Memory
+    loaded: Loaded | None
+    cost: Cost
+    contention: float
+    ends: list[float]
+    victims: Collection[Loaded] | None = ()
+    evicts_s: float = 0.0
+
+    @property
+    def free(self) -> bool:
+        """Whether it could take a request now."""
+        return self.victims is not None if self.loaded is None else self.ends[0] <= 0.0
+
+    def reloads(self, num_ctx: int | None) -> bool:
+        """Whether a request for this context has the model loaded, or loaded anew."""
+        return self.loaded is None or self.loaded.differs(num_ctx)
+
+    def known(self, attempt: Attempt) -> int:
+        """How many blocks of its prompt are in the cache there."""
+        work = attempt.work
+        if self.loaded is None or self.loaded.differs(work.num_ctx):
+            return 0
+        return self.loaded.prefixes.common(work.blocks)
+
+    def hold(self, service_s: float) -> None:
+        """One more has its turn there."""
+        heapreplace(self.ends, max(self.ends[0], 0.0) + service_s)
+
+    def take(self, service_s: float) -> None:
+        """One more is at work there."""
+        heapreplace(self.ends, max(service_s, RUNNING_S))
+
+    def reason(self, attempt: Attempt) -> Reason:
+        """Why a request would go there."""
+        if self.reloads(attempt.work.num_ctx):
+            return Reason.LOAD
+        return Reason.CACHED if self.known(attempt) else Reason.WARM
+
+
+class Scores:
+    """What is known of nodes, and what that is worth in one pass. `queued`: what waits, by
+    model."""
+
+    def __init__(self, queued: Mapping[str, Collection[Waiting]]) -> None:
+        self.memories: dict[Node, Memory] = {}
+        self._queued = queued
+        self._lengths = Lengths()
+        self._demand = Demand()
+        self._costs: dict[Node, dict[str, Cost]] = {}
+        self._seats: dict[tuple[Node, str], Seat] = {}
+        self._contexts: dict[str, int] = {}  # how many tokens each model was last loaded for
+
+    def __repr__(self) -> str:
+        return f"<Scores {list(self.memories)}>"
+
+    # What is known.
+
+    def keep(self, nodes: Collection[Node]) -> None:
+        """Forget what is known of all other nodes."""
+        for node in self.memories.keys() - set(nodes):
+            del self.memories[node]
+        for node, memory in self.memories.items():
+            memory.configure(node.spec.gpus)
+        self._costs.clear()
+
+    def memory(self, node: Node) -> Memory:
+        found = self.memories.get(node)
+        if found is None:
+            found = self.memories[node] = Memory(node.spec.gpus)
+        return found
+
+    def learn(self, node: Node, key: str, flow: str, told: Usage) -> None:
+        """Take what the final record of an answer told."""
+        self._costs.pop(node, None)
+        if told.completion_tokens:
+            self._lengths.learn(key, flow, told.completion_tokens)
+
+    def see(self, node: Node, now: float, wall: float) -> None:
+        """Take what the node has in its memory."""
+        memory = self.memory(node)
+        memory.see(node.resident, now, wall)
+        for key, one in memory.loaded.items():
+            if one.num_ctx:
+                self._contexts[key] = one.num_ctx
+
+    def lost(self, node: Node) -> None:
+        """It is down, and whatever it had in its memory is gone."""
+        if node in self.memories:
+            self.memories[node].forget()
+
+    # How long things take.
+
+    def asked(self, attempt: Attempt, key: str, nodes: Sequence[Node], now: float) -> float:
+        """Count a request for this model. Gives what it takes of whichever node answers it:
+        seconds of a slot, as guessed from the model's size alone."""
+        self._demand.count(key, now)
+        price = cost(nodes[0].size(key), None, 1.0)
+        known = 0
+        for node in nodes:
+            loaded = self.memory(node).loaded.get(key)
+            if loaded is not None:
+                known = max(known, loaded.prefixes.common(attempt.work.blocks))
+        return self._read_s(attempt, key, price, known) + self._write_s(attempt, key, price)
+
+    def _read_s(self, attempt: Attempt, key: str, price: Cost, known: int) -> float:
+        """To work out a prompt: no more of it than the context holds, less the blocks that are
+        known."""
+        most = min(attempt.work.prompt_tokens, self._contexts.get(key, inf))
+        return max(most - known * BLOCK_TOKENS, 0) * price.prefill_s
+
+    def _write_s(self, attempt: Attempt, key: str, price: Cost) -> float:
+        work = attempt.work
+        return self._lengths.expected(key, work.flow, work.max_tokens) * price.decode_s
+
+    def first_s(self, one: Waiting, seat: Seat) -> float:
+        """To read a prompt there."""
+        known = seat.known(one.attempt)
+        return self._read_s(one.attempt, one.key, seat.cost, known) * seat.contention
+
+    def out_s(self, one: Waiting, seat: Seat) -> float:
+        """To write an answer there."""
+        return self._write_s(one.attempt, one.key, seat.cost) * seat.contention
+
+    def service_s(self, one: Waiting, seat: Seat) -> float:
+        """For how long it would have a slot there, once the model is loaded."""
+        return self.first_s(one, seat) + self.out_s(one, seat)
+
+    def cost(self, node: Node, key: str) -> Cost:
+        costs = self._costs.get(node)
+        if costs is None:
+            costs = self._costs[node] = {}
+        found = costs.get(key)
+        if found is None:
+            replica = node.replicas.get(key)
+            rates = None if replica is None else replica.rates
+            found = costs[key] = cost(node.size(key), rates, _pace(node))
+        return found
+
+    # What a node is worth now.
+
+    def begin(self) -> None:
+        """Look at all nodes anew."""
+        self._seats.clear()
+
+    def changed(self, node: Node) -> None:
+        """Look at this one anew."""
+        for pair in [pair for pair in self._seats if pair[0] is node]:
+            del self._seats[pair]
+
+    def seat(self, node: Node, key: str, now: float) -> Seat:
+        found = self._seats.get((node, key))
+        if found is None:
+            found = self._seats[node, key] = self._look(node, key, now)
+        return found
+
+    def _look(self, node: Node, key: str, now: float) -> Seat:
+        memory = self.memory(node)
+        loaded = memory.loaded.get(key)
+        price = self.cost(node, key)
+        others = sum(1 for one in memory.loaded.values() if one.runs and one.key != key)
+        contention = 1 + _CONTENTION * max(0, others + 1 - memory.gpus) / memory.gpus
+        if loaded is None:
+            victims = self._victims(node, memory, key, now)
+            evicts_s = sum(self._loss_s(node, one, now) for one in victims or ())
+            return Seat(node, memory, None, price, contention, [0.0], victims, evicts_s)
+        return Seat(node, memory, loaded, price, contention, _ends(node, memory, loaded, now))
+
+    def _victims(
+        self, node: Node, memory: Memory, key: str, now: float
+    ) -> Collection[Loaded] | None:
+        """What has to go for a model; None where it cannot, or should not, be loaded now."""
+        if memory.loading is not None or memory.wanted not in ("", key):
+            return None
+        victims = memory.victims(key, need_bytes(node, memory, key))
+        if victims is None or memory.wanted == key:
+            return victims
+        for one in victims:
+            stays_s = _SETTLED_LOADS * self.cost(node, one.key).load_s
+            if one.key in self._queued or now - one.since < stays_s:
+                return None
+        return victims
+
+    def _loss_s(self, node: Node, victim: Loaded, now: float) -> float:
+        """What it costs others that a model is driven out here."""
+        again = 1 - exp(-self._demand.rate(victim.key, now) * _SOON_S)
+        copies = sum(
+            1 for other, memory in self.memories.items()
+            if other is not node and victim.key in memory.loaded
+        )  # fmt: skip
+        price = _COPIES / copies if copies else _ONLY_COPY
+        return again * self.cost(node, victim.key).load_s * price
+
+    # What it costs.
+
+    def terms(self, one: Waiting, seat: Seat, now: float) -> Terms | None:
+        """What this node would cost it; None where it cannot have it."""
+        loaded, memory = seat.loaded, seat.memory
+        if loaded is None:
+            if seat.victims is None:
+                return None
+            return Terms(0.0, self._load_s(one, seat, now), self._answer_s(one, seat), True)
+        anew, leaves = seat.reloads(one.attempt.work.num_ctx), loaded.key in memory.leaving
+        if leaves and memory.wanted != loaded.key:
+            return None
+        if anew or leaves:
+            wait_s = max(seat.ends) if loaded.runs else 0.0
+            idle = not loaded.runs and loaded.ready is None and memory.loading is None
+            load_s = self._load_s(one, seat, now) if anew else 0.0
+            return Terms(wait_s, load_s, self._answer_s(one, seat), idle)
+        wait_s = seat.ends[0]
+        return Terms(wait_s, 0.0, self._answer_s(one, seat), wait_s <= 0.0)
+
+    def _load_s(self, one: Waiting, seat: Seat, now: float) -> float:
+        """A load is dearer than it is long: it also costs those that it drives out. Whoever has
+        waited long cares less."""
+        aged = max(_AGED_SHARE, 1 - (1 - _AGED_SHARE) * (now - one.since) / _AGED_S)
+        backlog = len(self._queued.get(one.key, ()))
+        load_s = seat.cost.load_s
+        return load_s + aged * (_CAUTION * load_s + seat.evicts_s / max(1, min(2, backlog)))
+
+    def _answer_s(self, one: Waiting, seat: Seat) -> float:
+        return self.first_s(one, seat) + _FIRST_SHARE * self.out_s(one, seat)
+
+
+def need_bytes(node: Node, memory: Memory, key: str) -> float:
+    """How much memory a model takes there."""
+    return memory.need_bytes(key, node.size(key))
+
+
+def _pace(node: Node) -> float:
+    replicas = node.replicas.items()
+    known = [(node.size(key), one.rates) for key, one in replicas if one.rates.answers]
+    return pace(known, node.spec.weight)
+
+
+def _ends(node: Node, memory: Memory, loaded: Loaded, now: float) -> list[float]:
+    """When its slots are free, in seconds, as a heap."""
+    slots = memory.slots(loaded.key, node.spec)
+    if node.spec.auto and len(loaded.runs) == slots:
+        slots += memory.tries(loaded.key, now)
+    free = min(slots - len(loaded.runs), _ENDS_MAX)
+    ends: list[float] = []
+    if free < _ENDS_MAX:  # or nobody gets to see when those that run will end
+        ends = sorted((max(end, RUNNING_S) for end in loaded.ends(now)), reverse=True)[:slots]
+    ends += [0.0] * free
+    if loaded.ready is not None:
+        left_s = max(loaded.ready - now, _LOADING_S)
+        ends = [max(end, left_s) for end in ends]
+    heapify(ends)
+    return ends
