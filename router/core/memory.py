@@ -20,6 +20,8 @@ _SIZE_BYTES = 5e9  # of a model whose size nobody has told
 _AT_LEAST = 0.3  # of what is expected of an answer is always left
 _LESS = 0.999  # of what did not fit
 _MOST = 2.0**60  # a number that a node tells is no size or length
+_PER_GPU = 3  # models that Ollama keeps, unless it is told otherwise
+_LATE_S = 5.0  # and as long again as was expected: a load that takes longer waits for room
 _SETTLING_S = 3.0  # so long after its end a load may be missing in an answer of /api/ps
 
 
@@ -77,18 +79,21 @@ class Memory:
     room is made for, and `leaving` what gets nothing new for that."""
 
     __slots__ = (
-        "_limit_bytes", "_sizes", "_slots", "_told", "gpus", "leaving", "loaded", "loading",
-        "wanted",
+        "_count_max", "_limit_bytes", "_slots", "_told", "gpus", "growth", "leaving", "loaded",
+        "loading", "sizes", "wanted",
     )  # fmt: skip
 
     def __init__(self, gpus: Collection[int]) -> None:
         self._limit_bytes: float = inf
-        self._sizes: dict[str, float] = {}  # of what was ever seen in it
+        self._count_max = 0  # of models at once, by Ollama's setting for that or its default
+        self.sizes: dict[str, float] = {}  # of what was ever seen in it
+        self.growth = 0.0  # how much larger models are in memory than on disk; 0 if not known
         self._slots: dict[str, Slots] = {}
         self.loaded: dict[str, Loaded] = {}
         self.loading: Loaded | None = None
         self.wanted = ""
         self.leaving: Collection[str] = ()
+        self.gpus = 0
         self.configure(gpus)
 
     def __repr__(self) -> str:
@@ -96,19 +101,22 @@ class Memory:
 
     def configure(self, gpus: Collection[int]) -> None:
         """Take what a configuration says; where it says nothing, that is learned."""
-        self.gpus = max(1, len(gpus))
+        count = max(1, len(gpus))
+        if count != self.gpus:
+            self.gpus, self._count_max = count, _PER_GPU * count
         self._told = bool(gpus)
         if gpus:
             self._limit_bytes = sum(gpus)
 
     def see(self, resident: Mapping[str, Model], now: float, wall: float) -> None:
         """Take an answer of `/api/ps`; its times are of the same clock as `wall`."""
+        loading = self.loading
+        if loading is not None and loading.key in resident and (loading.ready or 0.0) <= now:
+            self.ready(loading, now)  # some versions list it while it is loaded, too
         for key, model in resident.items():
             one = self.loaded.get(key)
             if one is None:
                 one = self.loaded[key] = Loaded(key, 0.0, now, now)
-            if one.ready is not None and one.ready <= now:  # it is listed while it is loaded, too
-                self.ready(one, now)
             self._describe(one, model, now, wall)
         missing = [one for key, one in self.loaded.items() if key not in resident]
         gone = [
@@ -116,9 +124,22 @@ class Memory:
             if one.ready is None and not one.runs and now - one.since > _SETTLING_S
         ]  # fmt: skip
         self._gone(sorted(gone, key=lambda one: one.rank), now)
+        self._count_max = max(self._count_max, len(resident))
         if not self._told:  # what is there together fits
             fits = sum(self.loaded[key].size_bytes for key in resident)
             self._limit_bytes = max(self._limit_bytes, fits)
+        self._make_way(now)
+
+    def _make_way(self, now: float) -> None:
+        """A load takes so long that it must be waiting for room, which there is once one of the
+        others has nothing to do: Ollama does not see to that."""
+        one = self.loading
+        if one is None or one.ready is None or self.wanted:
+            return
+        others = [other for other in self.loaded.values() if other is not one]
+        late_s = now - one.ready - (one.ready - one.since)
+        if others and late_s > _LATE_S and all(other.runs for other in others):
+            self.reserve(one.key, others)
 
     def _gone(self, gone: Sequence[Loaded], now: float) -> None:
         """They are no longer in memory. If something was loaded since one of them was used, and it
@@ -126,9 +147,16 @@ class Memory:
         newest = max((one.since for one in self.loaded.values() if one not in gone), default=-inf)
         for one in gone:
             early = now - one.used < one.keep_alive_s
-            if not self._told and early and newest > one.used:
-                self._limit_bytes = min(self._limit_bytes, _LESS * self.used_bytes)
+            if early and newest > one.used:
+                self._take_less()
             del self.loaded[one.key]
+
+    def _take_less(self) -> None:
+        """What was there did not stay together."""
+        if not self._told:
+            self._limit_bytes = min(self._limit_bytes, _LESS * self.used_bytes)
+        elif self.used_bytes <= self._limit_bytes:
+            self._count_max = max(1, len(self.loaded) - 1)
 
     @property
     def used_bytes(self) -> float:
@@ -136,7 +164,7 @@ class Memory:
 
     def _describe(self, one: Loaded, model: Model, now: float, wall: float) -> None:
         size = _number(model.entry.get("size_vram")) or _number(model.entry.get("size"))
-        one.size_bytes = self._sizes[one.key] = size or one.size_bytes or _SIZE_BYTES
+        one.size_bytes = self.sizes[one.key] = size or one.size_bytes or _SIZE_BYTES
         ctx = int(_number(model.entry.get("context_length")))
         if ctx and one.ready is None and ctx != one.num_ctx:
             one.asked = one.asked if one.num_ctx is None else None  # others have loaded it anew
@@ -168,7 +196,7 @@ class Memory:
     def need_bytes(self, key: str, disk_bytes: float) -> float:
         """How much memory a model takes: as it was seen, or as it is likely by its size on
         disk."""
-        return self._sizes.get(key) or _DISK_TO_MEMORY * (disk_bytes or _SIZE_BYTES)
+        return self.sizes.get(key) or (self.growth or _DISK_TO_MEMORY) * (disk_bytes or _SIZE_BYTES)
 
     def victims(
         self, key: str, need_bytes: float, *, busy: bool = False
@@ -180,7 +208,7 @@ class Memory:
         found: list[Loaded] = []
         others.sort(key=lambda one: one.rank)
         for one in others:
-            if room >= need_bytes:
+            if room >= need_bytes and len(others) - len(found) < self._count_max:
                 break
             if one.ready is not None or (one.runs and not busy):
                 return None
@@ -206,6 +234,9 @@ class Memory:
             one.ready, one.since = None, now
         if self.loading is one:
             self.loading = None
+            if self.wanted == one.key:  # room was made, by what has nothing to do
+                kept = {k: v for k, v in self.loaded.items() if v.runs or k not in self.leaving}
+                self.loaded, self.wanted, self.leaving = kept, "", ()
 
     def end(self, attempt: object, key: str, now: float, *, good: bool) -> None:
         """A request there has ended. If it was to load the model and did not, nothing has."""
@@ -221,6 +252,7 @@ class Memory:
         elif one.ready is not None and not one.runs:
             del self.loaded[key]
             self.loading = None
+            self.wanted, self.leaving = "", ()
 
     def forget(self) -> None:
         """The node has ended: it is empty, but for what has not ended yet as far as is known. That
@@ -234,7 +266,8 @@ class Memory:
 
     def release(self, waiting: Collection[str]) -> None:
         """Keep it no longer, where nothing waits for that model any more."""
-        if self.wanted and self.wanted not in waiting:
+        loading = self.loading is not None and self.loading.key == self.wanted
+        if self.wanted and self.wanted not in waiting and not loading:
             self.wanted, self.leaving = "", ()
 
 

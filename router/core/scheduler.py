@@ -9,7 +9,7 @@ from math import inf
 
 import msgspec
 
-from router.core.memory import Run
+from router.core.memory import Loaded, Run
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.queue import Flow, Queue, Waiting
@@ -220,7 +220,7 @@ class Scheduler:
 
     def _ahead_s(self, one: Waiting, seat: Seat) -> float:
         """How long those take that wait for the same model, roughly."""
-        ahead = len(self.queue.by_key[one.key]) - 1
+        ahead = self._waiting(one.key) - 1
         return ahead * self.scores.service_s(one, seat) / max(1, self._slots(one.key))
 
     def _slots(self, key: str) -> int:
@@ -278,8 +278,10 @@ class Scheduler:
         for memory in self.scores.memories.values():
             memory.release(by_key)
             loaded = memory.loaded.get(memory.wanted)
-            if loaded is not None and not any(
-                loaded.differs(one.attempt.work.num_ctx) for one in by_key[loaded.key]
+            if (
+                loaded is not None
+                and loaded is not memory.loading
+                and not any(loaded.differs(one.attempt.work.num_ctx) for one in by_key[loaded.key])
             ):
                 memory.release(())
 
@@ -294,8 +296,11 @@ class Scheduler:
             memory.reserve(one.key, [loaded])
 
     def _reserve(self, one: Waiting, nodes: Sequence[Node], now: float) -> None:
-        """No node can have it. After some time the one that would be ready first makes room."""
-        if now - one.since < _PATIENCE_S:
+        """No node can have it. After some time one makes room: where that costs all that wait the
+        least, and those that wait for what has to go there no more than has been waited for this.
+        """
+        waited_s = now - one.since
+        if waited_s < _PATIENCE_S:
             return
         if any(self.scores.memory(node).wanted == one.key for node in nodes):
             return
@@ -304,10 +309,26 @@ class Scheduler:
             memory = self.scores.memory(node)
             if memory.wanted or memory.loading is not None or one.key in memory.loaded:
                 continue
-            victims = memory.victims(one.key, need_bytes(node, memory, one.key), busy=True)
-            drain_s = max((end for v in victims or () for end in v.ends(now)), default=0.0)
-            total_s = drain_s + self.scores.cost(node, one.key).load_s
-            if victims is not None and total_s < least:
-                best, least = (memory, victims), total_s
+            need = need_bytes(node, memory, one.key)
+            victims = memory.victims(one.key, need, busy=True) or ()
+            own_s, others_s = self._room_s(one.key, node, victims, now)
+            if own_s + others_s < least and others_s <= waited_s * self._waiting(one.key):
+                best, least = (memory, victims), own_s + others_s
         if best is not None:
             best[0].reserve(one.key, best[1])
+
+    def _room_s(
+        self, key: str, node: Node, victims: Collection[Loaded], now: float
+    ) -> tuple[float, float]:
+        """What it costs to make room for a model there, in seconds of all who wait: for it, and for
+        what has to go, which is to be loaded again."""
+        cost = self.scores.cost
+        ready_s = max((end for one in victims for end in one.ends(now)), default=0.0)
+        ready_s += cost(node, key).load_s
+        others_s = sum(
+            self._waiting(one.key) * (ready_s + cost(node, one.key).load_s) for one in victims
+        )
+        return self._waiting(key) * ready_s, others_s
+
+    def _waiting(self, key: str) -> int:
+        return len(self.queue.by_key.get(key, ()))

@@ -135,6 +135,9 @@ class Scores:
         for key, one in memory.loaded.items():
             if one.num_ctx:
                 self._contexts[key] = one.num_ctx
+        known = [size / disk for key, size in memory.sizes.items() if (disk := node.size(key))]
+        if known:
+            memory.growth = sum(known) / len(known)
 
     def lost(self, node: Node) -> None:
         """It is down, and whatever it had in its memory is gone."""

@@ -477,6 +477,62 @@ def test_so_it_does_whichever_of_them_is_looked_at_first() -> None:
     assert wanted == {"a": "x:latest", "b": ""}
 
 
+def wanted(yard: Yard) -> dict[str, str]:
+    """What each node makes room for."""
+    memories = yard.pool._scheduler.scores.memories
+    return {node.spec.name: memory.wanted[:1] for node, memory in memories.items()}
+
+
+def test_room_is_made_where_the_fewest_wait_for_what_has_to_go() -> None:
+    yard = Yard(a=Has("y", present="xy", gpus=[5]), b=Has("z", present="xz", gpus=[5], slots=2))
+    yard.ask("y1", out=100)
+    for name in ("z1", "z2"):
+        yard.ask(name, out=2000)
+    for number in range(2, 8):
+        yard.ask(f"y{number}")
+    yard.ask("x")
+    yard.settle(8.0)
+    assert wanted(yard) == {"a": "", "b": "x"}
+
+
+def test_a_node_that_many_wait_for_makes_room_only_after_long() -> None:
+    yard = Yard(a=Has("y", present="xy", gpus=[5]))
+    for number in range(5):
+        yard.ask(f"y{number}", out=1000)
+    yard.ask("x")
+    yard.settle(8.0)
+    assert wanted(yard) == {"a": ""}
+    waits_s = next(s for s in range(9, 300) if not yard.settle(1.0) and wanted(yard)["a"])
+    assert 20 < waits_s < 50, "four wait for as long as it would take until y is there again"
+
+
+def test_how_much_a_model_takes_is_told_by_the_others_there() -> None:
+    """On disk x is as large as y; y takes 7 GB there, and x has not been seen."""
+    yard = Yard(a=Has(gpus=(10,)), b=Has(gpus=(10,)))
+    for name in "ab":
+        yard.ask("w", pin=name)
+        yard.end("w")
+        big = Model("w:latest", "", {"size_vram": 7_000_000_000})
+        yard.pool.observe(url(name), Observation(resident={"w:latest": big}), yard.now)
+        yard.now += 200.0
+    yard.ask("w1", pin="a", out=1000)
+    assert yard.ask("x", pin="a") == "waits inf", "beside w there is no room for twice its size"
+
+
+def test_a_load_that_waits_for_room_on_the_node_gets_it() -> None:
+    """Nobody has told that y takes so much; while y gets work it would wait for ever."""
+    yard = Yard(a=Has("y", slots=2, gpus=(99,)), b=Has("", present="u"))
+    yard.ask("y1", out=1000)
+    assert yard.ask("x") == "a load"
+    yard.settle(2 * LOAD_S + 5.1)
+    yard.look("a", "y")
+    assert yard.ask("y2") == "waits inf"
+    assert yard.end("y1") == {}
+    yard.begin("x")
+    assert wanted(yard)["a"] == ""
+    assert yard.settle() == {"y2": "a load"}, "y is what has made room"
+
+
 def test_no_node_makes_room_for_what_nobody_waits_for() -> None:
     yard = Yard(a=Has("yz", slots=2))
     yard.ask("y1")
