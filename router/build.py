@@ -56,7 +56,7 @@ class Builds:
     def _disk(self) -> dict[str, float]:
         """Bytes of models per node."""
         return {
-            view.spec.url: sum(_size(model.entry.get("size")) for model in view.present.values())
+            view.spec.url: sum(model.size_bytes for model in view.present.values())
             for view in self.pool.snapshot()
         }
 
@@ -133,10 +133,6 @@ class Builds:
             said = await self.fanout.ask(nodes, blob, "HEAD")
             nodes = [one.node for one in said if one.ok]
         return nodes
-
-
-def _size(value: object) -> float:
-    return value if isinstance(value, int | float) else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ _FRAMING_SHARE = 16  # times the body: a byte in a chunk of its own takes six
 _Data = TypeVar("_Data", bytes, bytearray)
 _ROOMY = Room()
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Handler = Callable[["Request"], Awaitable["web.StreamResponse | Reply"]]
 
 
@@ -405,7 +406,7 @@ def client_address(request: web.BaseRequest, trusted: Sequence[Network]) -> str:
     chain = [*",".join(request.headers.getall("X-Forwarded-For", [])).split(","), peer]
     hops = [hop for hop in map(_address, reversed(chain)) if hop is not None]
     for hop in hops:
-        if not any(hop in network for network in trusted):
+        if not _within(hop, trusted):
             return str(hop)
     return str(hops[-1]) if hops else peer
 
@@ -413,10 +414,14 @@ def client_address(request: web.BaseRequest, trusted: Sequence[Network]) -> str:
 def is_trusted(request: web.BaseRequest, trusted: Sequence[Network]) -> bool:
     """Whether the peer is one whose headers are believed."""
     peer = _address(request.remote or "")
-    return peer is not None and any(peer in network for network in trusted)
+    return peer is not None and _within(peer, trusted)
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _within(address: _Address, networks: Sequence[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+def _address(text: str) -> _Address | None:
     try:
         return None if "%" in text else ipaddress.ip_address(text.strip())
     except ValueError:

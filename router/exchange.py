@@ -6,9 +6,10 @@ from router.wire import Connection, Sink, State
 
 
 class Exchange:
-    """A response whose status and headers have arrived. `headers`: raw, in order, as they came."""
+    """A response whose status and headers have arrived. `headers`: raw, in order, as they came.
+    `chunked`: its body comes in chunks, so that its end can be told from its connection's."""
 
-    __slots__ = ("_conn", "_release", "headers", "reason", "status")
+    __slots__ = ("_conn", "_release", "chunked", "headers", "reason", "status")
 
     def __init__(self, conn: Connection, release: Callable[[Connection], None]) -> None:
         self._conn: Connection | None = conn
@@ -16,6 +17,7 @@ class Exchange:
         self.status = conn.status
         self.reason = conn.reason
         self.headers = conn.headers
+        self.chunked = conn.chunked
 
     @property
     def whole(self) -> bool:

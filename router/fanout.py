@@ -14,7 +14,6 @@ from router import answers, log
 from router.core import retry, wording
 from router.core.dialect import Asked, Framing
 from router.core.progress import SUCCESS, Progress, told
-from router.core.retry import Verdict
 from router.core.types import Failure, FailureKind, NodeSpec
 from router.downstream import Reply, Request
 from router.errors import UpstreamError
@@ -23,13 +22,14 @@ from router.headers import TO_NODE, Header, forwarded
 from router.log import Ending, Report
 from router.relay import Limits, own_lines, read_head
 from router.upload import CHUNKED, Upload
-from router.upstream import Upstream, request_head
+from router.upstream import Upstream, request_head, unless_stale
 from router.wire import Bytes
 
 _JSON = b"Content-Type: application/json; charset=utf-8\r\n"
 _DONE = wording.dumps({"status": SUCCESS})
 _errors = msgspec.json.Decoder(dict[str, object]).decode
 Learn = Callable[[Sequence[NodeSpec]], Awaitable[None]]
+Hear = Callable[[NodeSpec, Exchange], Awaitable["Said"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +131,8 @@ class Fanout:
         return [task.result() for task in tasks]
 
     async def _ask(self, errand: Errand, method: str, node: NodeSpec) -> Said:
-        try:
-            exchange = await self.open(errand, method, node, self.settings.limits.first_byte_s)
-            try:
-                return await self.whole(node, exchange)
-            finally:
-                exchange.close()
-        except UpstreamError as error:
-            return _failed(node, error)
+        first_byte_s = self.settings.limits.first_byte_s
+        return await _said(node, self.open(errand, method, node, first_byte_s), self.whole)
 
     async def whole(self, node: NodeSpec, exchange: Exchange) -> Said:
         """An answer that is no stream. Raises UpstreamError."""
@@ -155,34 +149,23 @@ class Fanout:
         """Send the request: a change over a new connection, since whether a node has read it
         before a kept one broke cannot be told, and none may be asked for twice."""
         body = errand.body if method == errand.request.method else ()
-        open_ = partial(
+        opening = partial(
             self.upstream.open, node, self.head(errand, method, node, _length(method, body)), body,
             no_body=method == "HEAD", first_byte_s=first_byte_s,
             between_s=self.settings.limits.between_s,
         )  # fmt: skip
-        try:
-            return await open_(fresh=method != "HEAD")
-        except UpstreamError as error:
-            if retry.decide(error.failure) is not Verdict.FRESH:
-                raise
-        return await open_(fresh=True)
+        return await unless_stale(opening, fresh=method != "HEAD")
 
     async def send(self, errand: Errand, node: NodeSpec, source: AsyncIterator[bytes]) -> Said:
         """Send a body as it comes: over a new connection, since it cannot be sent again."""
         limits, length = self.settings.limits, errand.request.content_length
         length = CHUNKED if length is None else length
         head = self.head(errand, errand.request.method, node, length)
-        try:
-            exchange = await self.upstream.open(
-                node, head, Upload(source, length), fresh=True,
-                first_byte_s=limits.first_byte_s, between_s=limits.between_s,
-            )  # fmt: skip
-            try:
-                return await self.whole(node, exchange)
-            finally:
-                exchange.close()
-        except UpstreamError as error:
-            return _failed(node, error)
+        opening = self.upstream.open(
+            node, head, Upload(source, length), fresh=True,
+            first_byte_s=limits.first_byte_s, between_s=limits.between_s,
+        )  # fmt: skip
+        return await _said(node, opening, self.whole)
 
     def head(self, errand: Errand, method: str, node: NodeSpec, length: int | None) -> bytes:
         request = errand.request
@@ -275,15 +258,8 @@ class _Story:
 
     async def hear(self, node: NodeSpec, first_byte_s: float | None) -> Said:
         """Tell what one node says, to its end. Raises ConnectionResetError if nobody listens."""
-        try:
-            method = self.errand.request.method
-            exchange = await self.fanout.open(self.errand, method, node, first_byte_s)
-            try:
-                said = await self._hear(node, exchange)
-            finally:
-                exchange.close()
-        except UpstreamError as error:
-            said = _failed(node, error)
+        opening = self.fanout.open(self.errand, self.errand.request.method, node, first_byte_s)
+        said = await _said(node, opening, self._hear)
         if not said.ok:
             await self._tell(self.progress.fail(node.name, said.worded(alone=self.alone)))
         return said
@@ -333,8 +309,16 @@ class _Story:
         return reply
 
 
-def _failed(node: NodeSpec, error: UpstreamError) -> Said:
-    return Said(node, retry.status(error.failure), failure=error.failure)
+async def _said(node: NodeSpec, opening: Awaitable[Exchange], hear: Hear) -> Said:
+    """What is heard of a node, or how it failed."""
+    try:
+        exchange = await opening
+        try:
+            return await hear(node, exchange)
+        finally:
+            exchange.close()
+    except UpstreamError as error:
+        return Said(node, retry.status(error.failure), failure=error.failure)
 
 
 def _length(method: str, body: Sequence[Bytes]) -> int | None:

@@ -12,7 +12,7 @@ from router.log import Report
 
 _DEADLINE, _PRIORITY = "X-Ollamux-Deadline-Ms", "X-Ollamux-Priority"
 _NAME_MAX = 200
-_PRIORITIES = {priority.name.lower(): priority for priority in Priority}
+_PRIORITIES = {priority.word: priority for priority in Priority}
 
 
 @dataclass(frozen=True, slots=True)

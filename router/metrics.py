@@ -3,6 +3,7 @@
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import inf
 
 from prometheus_client import (
@@ -41,8 +42,13 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second gauge for every counter, which nobody asked for
         self.registry = CollectorRegistry()
         self.registry.register(_Nodes(nodes))
-        self.registry.register(_Refusals(refusals))
-        self.registry.register(_Queued(queued))
+        refused = partial(
+            CounterMetricFamily, "ollamux_refused", "Refused for there was too much at once.",
+            labels=["cause"],
+        )  # fmt: skip
+        depth = partial(_gauge, "queue_depth", "Requests that wait for their turn.", "priority")
+        self.registry.register(_Counts(refused, lambda: refusals))
+        self.registry.register(_Counts(depth, queued))
         self.requests = Tally()
         self.registry.register(self.requests)
         self._node_metrics()
@@ -104,7 +110,7 @@ class Metrics:
             failures.inc()
 
     def wait(self, queued: Queued, waited_s: float) -> None:
-        priority = queued.attempt.work.priority.name.lower()
+        priority = queued.attempt.work.priority.word
         self.queue_wait.labels(priority).observe(waited_s)
         if queued.expected_s < inf:
             self.queue_expected_wait.labels(priority).observe(queued.expected_s)
@@ -118,32 +124,22 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Refusals(Collector):
-    """What was refused for the sake of the others: connections before they are requests, too."""
+class _Counts(Collector):
+    """A family with one label, of what others count: `counts` says how many by that label."""
 
-    def __init__(self, refusals: Mapping[str, int]) -> None:
-        self._refusals = refusals
-
-    def collect(self) -> Iterable[Metric]:
-        refused = CounterMetricFamily(
-            "ollamux_refused", "Refused for there was too much at once.", labels=["cause"]
-        )
-        for cause, count in self._refusals.items():
-            refused.add_metric([cause], count)
-        return [refused]
-
-
-class _Queued(Collector):
-    """How many requests wait for their turn now."""
-
-    def __init__(self, queued: Callable[[], Mapping[str, int]]) -> None:
-        self._queued = queued
+    def __init__(
+        self,
+        family: Callable[[], CounterMetricFamily | GaugeMetricFamily],
+        counts: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._family = family
+        self._counts = counts
 
     def collect(self) -> Iterable[Metric]:
-        depth = _gauge("queue_depth", "Requests that wait for their turn.", "priority")
-        for priority, count in self._queued().items():
-            depth.add_metric([priority], count)
-        return [depth]
+        family = self._family()
+        for label, count in self._counts().items():
+            family.add_metric([label], count)
+        return [family]
 
 
 class _Nodes(Collector):

@@ -31,7 +31,7 @@ from router.headers import TO_NODE, Header, forwarded, without
 from router.keep import Keep, Kept
 from router.log import Continued, Report
 from router.relay import Limits, Relay, own_lines, read_head
-from router.upstream import Upstream, request_head
+from router.upstream import Upstream, request_head, unless_stale
 from router.wire import Bytes
 
 _ENCODING = frozenset((b"content-encoding",))
@@ -206,17 +206,12 @@ class Passage(msgspec.Struct, eq=False):
         limit_s = means.pool.first_byte_s(lease, waits, length, streams=streams)
         if self.deadline == inf:
             self.deadline = now + max(limit_s, waits.first_byte_s)
-        open_ = partial(
+        opening = partial(
             means.upstream.open, lease.node, head, body,
             first_byte_s=min(limit_s, self.deadline - now), between_s=waits.between_s,
             down_s=waits.silent_down_s,
         )  # fmt: skip
-        try:
-            return await open_(fresh=self.asked.route.need is _PRIMARY)
-        except UpstreamError as error:
-            if retry.decide(error.failure) is not Verdict.FRESH:
-                raise
-        return await open_(fresh=True)
+        return await unless_stale(opening, fresh=self.asked.route.need is _PRIMARY)
 
     def _forwarded(self) -> Sequence[Header]:
         request = self.request

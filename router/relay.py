@@ -142,7 +142,7 @@ class Relay:
         report.streamed = self._framing is not _WHOLE
         if self._framing not in _RECORD_ENDS:
             self._lose()
-        self._framed = length is not None or _is_chunked(exchange.headers)
+        self._framed = length is not None or exchange.chunked
         try:
             if self._framing is _WHOLE:
                 return await self._hold(exchange, length)
@@ -381,10 +381,6 @@ class Relay:
 
 def _failure(kind: FailureKind, detail: str) -> UpstreamError:
     return UpstreamError(Failure(kind, sent=True, received=True, detail=detail))
-
-
-def _is_chunked(headers: Sequence[Header]) -> bool:
-    return any(name.lower() == b"transfer-encoding" for name, _ in headers)
 
 
 def _whole_bytes(data: bytes, framing: Framing) -> int:

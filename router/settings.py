@@ -296,7 +296,7 @@ class Timeouts(_Section):
         json_schema_extra={"additionalProperties": False},
     )
     busy_s: Seconds = Field(
-        120, description="for room, where all nodes with the model say that they are busy"
+        120, description="for a turn, or where all nodes with the model say that they are busy"
     )
     drain_timeout_s: Seconds = Field(60, description="for requests in flight at shutdown")
     stalled_body_s: Seconds = Field(60, description="for a client to send more of a body")
@@ -391,7 +391,7 @@ class Config(_Section):
         Admin, BeforeValidator(long_form("listen"), json_schema_input_type=AddressText | Admin)
     ] = Field(default_factory=Admin, description="health, metrics and verbs of the operator")
     trusted: tuple[Network, ...] = Field(
-        (), description="proxies whose X-Forwarded-For is believed"
+        (), description="networks whose word is believed: X-Forwarded-For, flow_header, priority"
     )
     nodes: Nodes = Field((), description="short form of one pool called default")
     pool_entries: Annotated[

@@ -8,10 +8,12 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+from router.core import retry
+from router.core.retry import Verdict
 from router.core.types import Failure, FailureKind, NodeSpec, Tls
 from router.errors import UpstreamError
 from router.exchange import Exchange
@@ -20,7 +22,7 @@ from router.sweep import Sweep
 from router.upload import CHUNKED, Upload
 from router.wire import Body, Connection
 
-__all__ = ["Exchange", "Upstream", "request_head"]
+__all__ = ["Exchange", "Upstream", "request_head", "unless_stale"]
 
 # Written by `request_head` itself, or part of one connection.
 _OWN = HOP_BY_HOP | {b"content-length", b"host"}
@@ -302,6 +304,16 @@ class Upstream:
                 raise _no_connection(f"the CA file cannot be used: {_told(error)}") from None
             self._contexts[tls] = context
         return context
+
+
+async def unless_stale(opening: Callable[..., Awaitable[Exchange]], *, fresh: bool) -> Exchange:
+    """Open an exchange; over a new connection if a kept one proves to be stale, or if `fresh`."""
+    try:
+        return await opening(fresh=fresh)
+    except UpstreamError as error:
+        if retry.decide(error.failure) is not Verdict.FRESH:
+            raise
+    return await opening(fresh=True)
 
 
 def _build_context(tls: Tls) -> ssl.SSLContext:

@@ -64,10 +64,10 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_alarm", "_buffered", "_chunked", "_down_s", "_feed", "_full", "_high_water", "_keep",
-        "_limit_s", "_loop", "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused",
-        "_sent", "_sink", "_time", "_transport", "_unseen", "_up_s", "_waiter", "_whole", "born",
-        "due", "failure", "headers", "on_body", "pieces", "reason", "state", "status",
+        "_alarm", "_buffered", "_down_s", "_feed", "_full", "_high_water", "_keep", "_limit_s",
+        "_loop", "_lost", "_no_body", "_parser", "_paused", "_quiet", "_reused", "_sent", "_sink",
+        "_time", "_transport", "_unseen", "_up_s", "_waiter", "_whole", "born", "chunked", "due",
+        "failure", "headers", "on_body", "pieces", "reason", "state", "status",
     )  # fmt: skip
 
     _transport: asyncio.Transport
@@ -234,7 +234,7 @@ class Connection(asyncio.Protocol):
         self.reason = b""
         self.headers: list[tuple[bytes, bytes]] = []
         self._no_body = no_body
-        self._chunked = False
+        self.chunked = False
         self._keep = False
         self._sent = False  # any byte of the request
         self._whole = False  # all of it
@@ -370,9 +370,9 @@ class Connection(asyncio.Protocol):
             return
         if len(name) == 17 and name.lower() == b"transfer-encoding":
             # llhttp reads `gzip, chunked` as chunked and `xchunked` as the end of the stream.
-            if self._chunked or value.strip().lower() != b"chunked":
+            if self.chunked or value.strip().lower() != b"chunked":
                 raise _Strange("a Transfer-Encoding other than chunked")
-            self._chunked = True
+            self.chunked = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -384,7 +384,7 @@ class Connection(asyncio.Protocol):
                 raise _Strange("switches protocols without being asked")
             self.headers.clear()
             self.reason = b""
-            self._chunked = False
+            self.chunked = False
             return
         if self.reason != b"OK" and _control(self.reason):  # llhttp lets them pass
             raise _Strange("control characters in the reason")
@@ -394,7 +394,7 @@ class Connection(asyncio.Protocol):
         self.state = _BODY
         if self._no_body:  # llhttp cannot be told, and waits for a body for ever
             self.state = _DONE
-            self._keep = self._parser.should_keep_alive() and not self._chunked
+            self._keep = self._parser.should_keep_alive() and not self.chunked
 
     def on_message_complete(self) -> None:
         if self.state is _BODY:
@@ -434,7 +434,7 @@ class Connection(asyncio.Protocol):
         self._transport.resume_reading()
 
     def _framed(self) -> bool:
-        return self._chunked or any(name.lower() == b"content-length" for name, _ in self.headers)
+        return self.chunked or any(name.lower() == b"content-length" for name, _ in self.headers)
 
     def _head_bytes(self) -> int:
         return sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -103,7 +103,8 @@ class Breaker:
         """A request goes there: if that is while it is open and due, it is the trial."""
         if self.state is _CLOSED or now < self.back_off.until:
             return
-        self._at = turn - 1 if self.state is _OPEN else self._at
+        if self.state is _OPEN:
+            self._at = turn - 1
         self.state = TRANSITIONS[self.state, Sign.LEASED]
         self.back_off.repeat(now)
 

@@ -7,12 +7,12 @@ from typing import TypeVar
 import msgspec
 
 from router.core.rates import Rates
+from router.core.types import UNTOLD_BYTES
 
 # A 24 GB GPU of 2022 decodes a model of 4.7 GB at 75 tokens a second. Only guesses rest on these.
 _DECODE_BYTES_PER_S = 350e9
 _PREFILL_PER_DECODE = 30.0
 _LOAD_S, _LOAD_BYTES_PER_S = 1.0, 2e9
-_SIZE_BYTES = 5e9  # of a model whose size nobody has told
 _TOKENS = 300.0  # of an answer
 _MEAN = 1 / 16
 _MEANS_MAX = 4096
@@ -30,7 +30,7 @@ class Cost(msgspec.Struct, frozen=True, eq=False):
 
 def cost(size_bytes: float, rates: Rates | None, pace: float) -> Cost:
     """What a model of this size costs; `pace` is how much slower than guessed its node is."""
-    size = size_bytes or _SIZE_BYTES
+    size = size_bytes or UNTOLD_BYTES
     decode_s = size / _DECODE_BYTES_PER_S * pace
     load_s = (_LOAD_S + size / _LOAD_BYTES_PER_S) * pace
     prefill_s = decode_s / _PREFILL_PER_DECODE
@@ -51,7 +51,7 @@ def pace(known: Iterable[tuple[float, Rates]], weight: float) -> float:
     """How much slower than guessed a node is, told by its models' sizes and rates; by its
     configured weight where none was learned."""
     ratios = [
-        _DECODE_BYTES_PER_S / (rates.decode_tps * (size or _SIZE_BYTES))
+        _DECODE_BYTES_PER_S / (rates.decode_tps * (size or UNTOLD_BYTES))
         for size, rates in known
         if rates.decode_tps
     ]

@@ -12,14 +12,12 @@ import msgspec
 
 from router.core.prefix import Prefixes
 from router.core.slots import Slots
-from router.core.types import Model, NodeSpec
+from router.core.types import UNTOLD_BYTES, Model, NodeSpec
 
 _KEEP_ALIVE_S = 300.0
 _DISK_TO_MEMORY = 1.2
-_SIZE_BYTES = 5e9  # of a model whose size nobody has told
 _AT_LEAST = 0.3  # of what is expected of an answer is always left
 _LESS = 0.999  # of what did not fit
-_MOST = 2.0**60  # a number that a node tells is no size or length
 _PER_GPU = 3  # models that Ollama keeps, unless it is told otherwise
 _LATE_S = 5.0  # and as long again as was expected: a load that takes longer waits for room
 _SETTLING_S = 3.0  # so long after its end a load may be missing in an answer of /api/ps
@@ -163,9 +161,9 @@ class Memory:
         return sum(one.size_bytes for one in self.loaded.values())
 
     def _describe(self, one: Loaded, model: Model, now: float, wall: float) -> None:
-        size = _number(model.entry.get("size_vram")) or _number(model.entry.get("size"))
-        one.size_bytes = self.sizes[one.key] = size or one.size_bytes or _SIZE_BYTES
-        ctx = int(_number(model.entry.get("context_length")))
+        size = model.number("size_vram") or model.size_bytes
+        one.size_bytes = self.sizes[one.key] = size or one.size_bytes or UNTOLD_BYTES
+        ctx = int(model.number("context_length"))
         if ctx and one.ready is None and ctx != one.num_ctx:
             one.asked = one.asked if one.num_ctx is None else None  # others have loaded it anew
             one.num_ctx = ctx
@@ -196,7 +194,8 @@ class Memory:
     def need_bytes(self, key: str, disk_bytes: float) -> float:
         """How much memory a model takes: as it was seen, or as it is likely by its size on
         disk."""
-        return self.sizes.get(key) or (self.growth or _DISK_TO_MEMORY) * (disk_bytes or _SIZE_BYTES)
+        growth = self.growth or _DISK_TO_MEMORY
+        return self.sizes.get(key) or growth * (disk_bytes or UNTOLD_BYTES)
 
     def victims(
         self, key: str, need_bytes: float, *, busy: bool = False
@@ -269,7 +268,3 @@ class Memory:
         loading = self.loading is not None and self.loading.key == self.wanted
         if self.wanted and self.wanted not in waiting and not loading:
             self.wanted, self.leaving = "", ()
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and 0 < value < _MOST else 0.0

@@ -105,10 +105,9 @@ class Node:
         return self.in_flight / size
 
     @property
-    def disk(self) -> int:
+    def disk(self) -> float:
         """Bytes of all models that it lists."""
-        sizes = [model.entry.get("size") for model in self._listed.values()]
-        return sum(size for size in sizes if isinstance(size, int))
+        return sum(model.size_bytes for model in self._listed.values())
 
     def configure(self, spec: NodeSpec, pool: str) -> None:
         """Take a new specification of the same server; what is known of it stays."""
@@ -136,8 +135,7 @@ class Node:
     def size(self, key: str) -> float:
         """Bytes of a model on its disk; 0 where that is not known."""
         model = self.present.get(key)
-        size = None if model is None else model.entry.get("size")
-        return float(size) if isinstance(size, int) else 0.0
+        return 0.0 if model is None else model.size_bytes
 
     def digest(self, key: str) -> str:
         """Which model it has under this name; empty where that is not known."""

@@ -1,6 +1,6 @@
 """Which node: eligible, then score, then pick. Pure functions over the pool's nodes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -245,10 +245,14 @@ def pick(nodes: Sequence[Node], rules: Resilience, now: float) -> Node:
     """Least in flight for its size; among equals the one whose turn is longest ago."""
     if len(nodes) == 1:
         return nodes[0]
-    slow_start_s = rules.slow_start_s
-    return min(nodes, key=lambda node: (node.load(now, slow_start_s), node.turn))
+    return min(nodes, key=_turns(rules, now))
 
 
 def order(nodes: Sequence[Node], rules: Resilience, now: float) -> Sequence[Node]:
     """As they would be picked, were the ones before not there."""
-    return sorted(nodes, key=lambda node: (node.load(now, rules.slow_start_s), node.turn))
+    return sorted(nodes, key=_turns(rules, now))
+
+
+def _turns(rules: Resilience, now: float) -> Callable[[Node], tuple[float, int]]:
+    slow_start_s = rules.slow_start_s
+    return lambda node: (node.load(now, slow_start_s), node.turn)

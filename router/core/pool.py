@@ -5,7 +5,7 @@ from math import inf
 
 import msgspec
 
-from router.core import policy
+from router.core import policy, sizing
 from router.core.bounds import Conflicts, Rules, conflicts
 from router.core.breaker import Ground, Roll
 from router.core.node import Node
@@ -37,10 +37,8 @@ from router.core.usage import Usage
 from router.core.work import Priority, Work
 
 _NO_NEED = Need.NONE
-_BYTES_PER_TOKEN = 4
 AGAIN_S = 0.25  # what a wait is worth changes with time, too: then it is to be asked again
 _WAITING_MAX, _ALIKE_MAX = 2048, 256  # in all, and of one flow
-_TOKENS_MAX = 262_144  # no model reads more; a larger body is an image
 
 
 class Lease(msgspec.Struct, frozen=True, eq=False):
@@ -444,9 +442,8 @@ class Pool:
         """How long the answer to a leased request may take to begin."""
         held = self._leases[lease.attempt]
         replica = held.node.replicas[held.key]
-        tokens = min(body_bytes // _BYTES_PER_TOKEN, _TOKENS_MAX)
         return replica.rates.first_byte_limit_s(
-            waits, tokens, replica.in_flight - 1, streams=streams,
+            waits, sizing.tokens(body_bytes), replica.in_flight - 1, streams=streams,
             warm=held.key in held.node.resident,
         )  # fmt: skip
 
@@ -543,9 +540,9 @@ class Pool:
 
     def queued(self) -> Mapping[str, int]:
         """How many requests wait, by priority."""
-        found = dict.fromkeys((priority.name.lower() for priority in Priority), 0)
+        found = dict.fromkeys((priority.word for priority in Priority), 0)
         for one in self._scheduler.queue:
-            found[one.attempt.work.priority.name.lower()] += 1
+            found[one.attempt.work.priority.word] += 1
         return found
 
     def _view(self, node: Node, *, leaving: bool) -> NodeView:

@@ -7,7 +7,7 @@ from router.core import prefix
 from router.core.work import Priority, Work
 
 _BYTES_PER_TOKEN = 4
-_TOKENS_MAX = 262_144  # no model reads more
+_TOKENS_MAX = 262_144  # no model reads more; a larger body is an image
 _IMAGE_BYTES = 64 * 1024  # a body that is smaller has none that matters
 _IMAGES = (b':"data:', b': "data:', b'"base64"', b'"images"', b'"input_audio"')
 _WITH_IMAGES_TOKENS = 2048
@@ -18,6 +18,11 @@ _NUMBER = re.compile(
     rb'(?<!\\)"(num_ctx|num_predict|max_tokens|max_completion_tokens|max_output_tokens)"\s*:\s*'
     rb"([0-9]{1,9})(?:\.[0-9]*)?(?=[\s,}])"
 )
+
+
+def tokens(body_bytes: int) -> int:
+    """How many a body of this size is, as a guess."""
+    return min(body_bytes // _BYTES_PER_TOKEN, _TOKENS_MAX)
 
 
 def work(
@@ -31,11 +36,11 @@ def work(
     """What is known of a request before it is answered; its tokens are an estimate. `answers`: it
     is for text, which is as long as the model makes it."""
     num_ctx, most = _limits(body)
-    tokens = min(len(body) // _BYTES_PER_TOKEN, num_ctx or _TOKENS_MAX, _TOKENS_MAX)
+    prompt = min(tokens(len(body)), num_ctx or _TOKENS_MAX)
     if len(body) > _IMAGE_BYTES and any(mark in body for mark in _IMAGES):
-        tokens = min(tokens, _WITH_IMAGES_TOKENS)
+        prompt = min(prompt, _WITH_IMAGES_TOKENS)
     return Work(
-        flow, tokens, prefix.blocks(body), most if answers else 0, num_ctx, priority, deadline
+        flow, prompt, prefix.blocks(body), most if answers else 0, num_ctx, priority, deadline
     )
 
 

@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 
 import msgspec
 
+UNTOLD_BYTES = 5e9  # taken for the size of a model whose size nobody has told
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MOST = 1 << 60  # a number that a node tells is no size or length
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +202,17 @@ class Sign(enum.StrEnum):
 class Model:
     """One entry of a node's `/api/tags` (present) or `/api/ps` (resident).
 
-    `key` is the canonical name; `entry` is the node's own JSON object, whole.
+    `key` is the canonical name; `entry` is the node's own JSON object, whole. `size_bytes`: on
+    its disk, or in its memory; 0 where that is not told.
     """
 
     key: str
     digest: str
     entry: Mapping[str, object]
+    size_bytes: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size_bytes", self.number("size"))
 
     def moment(self, field: str) -> datetime:
         """A time of the entry. Go writes nanoseconds, which Python reads since 3.11; a year past
@@ -215,6 +222,11 @@ class Model:
         except ValueError:
             return _EPOCH
         return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+    def number(self, field: str) -> float:
+        """A size or length of the entry; 0 where that is not told, or is none."""
+        told = self.entry.get(field)
+        return float(told) if isinstance(told, (int, float)) and 0 < told < _MOST else 0.0
 
 
 @dataclass(frozen=True, slots=True)

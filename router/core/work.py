@@ -14,6 +14,11 @@ class Priority(enum.IntEnum):
     NORMAL = 1
     BATCH = 2
 
+    @property
+    def word(self) -> str:
+        """As headers and metrics say it."""
+        return self.name.lower()
+
 
 _NORMAL = Priority.NORMAL
 

@@ -600,6 +600,14 @@ def test_a_time_that_cannot_be_read_is_the_beginning_of_time(stamp: object, year
 
 
 @pytest.mark.parametrize(
+    ("told", "taken"),
+    [(7, 7.0), (7.5, 7.5), (0, 0.0), (-7, 0.0), (1e300, 0.0), ("7", 0.0), (None, 0.0)],
+)
+def test_a_size_that_can_be_none_counts_as_not_told(told: object, taken: float) -> None:
+    assert Model("a", "", {"size": told}).size_bytes == taken
+
+
+@pytest.mark.parametrize(
     ("globs", "expected"),
     [((), True), (("a",), True), (("A*",), True), (("b",), False), (("!a",), False),
      (("*", "!a:latest"), False), (("!b",), True)],
