@@ -97,7 +97,9 @@ class App:
         self.pool = Pool(config.topology, clock(), random.random)
         self._conflicts = self.pool.conflicts()
         self.refusals: Counter[str] = Counter({cause.value: 0 for cause in Cause})
-        self.metrics = Metrics(self.pool.snapshot, self.pool.queued, self.refusals)
+        self.metrics = Metrics(
+            self.pool.snapshot, self.pool.queued, self.refusals, self.pool.learned
+        )
         instance = secrets.token_hex(16)
         self._upstream = Upstream(connect_s=config.timeouts.connect_s)
         via = (VIA.encode(), instance.encode())
@@ -110,7 +112,9 @@ class App:
         )
         self._means = Means(
             pool=self.pool,
-            dispatch=Dispatch(self.pool, self._flipped, clock, self._failed, self.metrics.wait),
+            dispatch=Dispatch(
+                self.pool, self._flipped, clock, self._failed, self.metrics.wait, self._loaded
+            ),
             upstream=self._upstream,
             keep=Keep(config.limits.max_buffered_bytes),
             settings=_passage_settings(config),
@@ -326,6 +330,10 @@ class App:
         """Look at a node again at once where a request has met what probes should know of."""
         if failure.kind in _LOOK_AGAIN:
             self.prober.hurry(node.url, _LOOK_AGAIN[failure.kind])
+
+    def _loaded(self, url: str) -> None:
+        """See with which context a node has loaded a model: others shall not reload it."""
+        self.prober.hurry(url, "ps")
 
     def _doubt(self, flip: Flip) -> None:
         """Give a node that fails its probes less time to be silent."""

@@ -45,7 +45,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
 class Dispatch:
     """Gives leases. `on_flip` is told of what real traffic changed about a node, `on_failure` of
-    each failure, `on_wait` of each wait for a turn that has ended with a node."""
+    each failure, `on_wait` of each wait for a turn that has ended with a node; `on_load` gets the
+    url of a node that should be asked at once what is in its memory."""
 
     def __init__(
         self,
@@ -54,11 +55,13 @@ class Dispatch:
         clock: Clock = time.monotonic,
         on_failure: Callable[[NodeSpec, Failure], None] = lambda node, failure: None,
         on_wait: Callable[[Queued, float], None] = lambda queued, waited_s: None,
+        on_load: Callable[[str], None] = lambda url: None,
     ) -> None:
         self.pool = pool
         self.on_flip = on_flip
         self.on_failure = on_failure
         self.on_wait = on_wait
+        self.on_load = on_load
         self.clock = clock
         self.waiting = 0
         self._waiters: dict[str, deque[asyncio.Future[None]]] = {}
@@ -130,7 +133,9 @@ class Dispatch:
 
     def began(self, attempt: Attempt) -> None:
         """The first record of an answer is there."""
-        self.pool.began(attempt, self.clock())
+        loaded = self.pool.began(attempt, self.clock())
+        if loaded:
+            self.on_load(loaded)
         if self.pool.waiting:
             self.settle()
 

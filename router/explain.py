@@ -71,7 +71,10 @@ def explain(pool: Pool, asked: Asked, now: float) -> Mapping[str, object]:
     model, weighed = asked.model, []
     if not isinstance(target, Rejected):
         assert target.model is not None  # a resolved name
-        work = Work(asked.flow, asked.prompt_tokens, (), asked.max_tokens, asked.num_ctx)
+        work = Work(
+            asked.flow, asked.prompt_tokens, (), asked.max_tokens, asked.num_ctx,
+            at_least=pool.at_least,
+        )  # fmt: skip
         model, weighed = target.model.key, [*pool.explain(target, work, now)]
     reason = refused.refusal if isinstance(refused, Rejected) else Refusal.ALL_TRIED
     return {

@@ -26,10 +26,11 @@ class Settings:
 
 def work(
     request: Request, report: Report, route: Route, body: bytes | bytearray, settings: Settings,
-    now: float,
+    now: float, *, at_least: bool = False,
 ) -> Work:  # fmt: skip
-    """What is known of a request before it has a node; its flow is noted in the report. Raises
-    ClientError for a header that cannot be read."""
+    """What is known of a request before it has a node; its flow is noted in the report. `at_least`:
+    the context that it asks for may be raised. Raises ClientError for a header that cannot be
+    read."""
     headers, priority = request.headers, Priority.NORMAL
     report.flow = report.client
     if settings.trusted and is_trusted(request, settings.trusted):
@@ -41,7 +42,10 @@ def work(
     if _DEADLINE in headers:
         most_s = min(most_s, _milliseconds(headers[_DEADLINE]) / 1000)
     answers = bool(route.final)
-    return sizing.work(body, report.flow, priority, now + most_s, answers=answers)
+    return sizing.work(
+        body, report.flow, priority, now + most_s,
+        answers=answers, options=route.options, at_least=at_least,
+    )  # fmt: skip
 
 
 def _priority(text: str) -> Priority:

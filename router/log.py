@@ -62,7 +62,9 @@ class Report(msgspec.Struct, eq=False):
     has it, so that it may become a metric label. `client` is an address. `final`: the last records
     of the answer, `chunks`: how many carried a part of it; `usage` is read from both. `url` is
     that of the last node, `ahead` how many requests for the model it had. `flow`: whose it is,
-    where requests wait in turn. `continuations`: one result for each node that failed in the midst.
+    where requests wait in turn. `sent_at`: when the last node was asked, `expected_s`: in how many
+    seconds from then on its answer was expected to begin. `continuations`: one result for each node
+    that failed in the midst.
     """
 
     id: str
@@ -88,6 +90,8 @@ class Report(msgspec.Struct, eq=False):
     url: str = ""
     flow: str = ""
     ahead: int = 0
+    sent_at: float = 0.0
+    expected_s: float | None = None
     continuations: tuple[Continued, ...] = ()
 
 

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from router import __version__
 from router.core.bounds import conflicts
-from router.core.pool import Queued
+from router.core.pool import Learned, Queued
 from router.core.types import Flip, NodeView
 from router.tally import SECONDS, Tally
 
@@ -31,13 +31,14 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 class Metrics:
     """What ollamux exports. `nodes` gives the pool's snapshot at each scrape, `queued` how many
-    wait, by priority; `refusals` are counts by cause."""
+    wait, by priority, `learned` what nodes have shown; `refusals` are counts by cause."""
 
     def __init__(
         self,
         nodes: Callable[[], Sequence[NodeView]],
         queued: Callable[[], Mapping[str, int]],
         refusals: Mapping[str, int],
+        learned: Callable[[], Sequence[Learned]],
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second gauge for every counter, which nobody asked for
         self.registry = CollectorRegistry()
@@ -49,6 +50,7 @@ class Metrics:
         depth = partial(_gauge, "queue_depth", "Requests that wait for their turn.", "priority")
         self.registry.register(_Counts(refused, lambda: refusals))
         self.registry.register(_Counts(depth, queued))
+        self.registry.register(_Learned(learned))
         self.requests = Tally()
         self.registry.register(self.requests)
         self._node_metrics()
@@ -140,6 +142,58 @@ class _Counts(Collector):
         for label, count in self._counts().items():
             family.add_metric([label], count)
         return [family]
+
+
+class _Learned(Collector):
+    """What the router plans with, and what its plans have cost; of nodes that are configured."""
+
+    def __init__(self, learned: Callable[[], Sequence[Learned]]) -> None:
+        self._learned = learned
+
+    def describe(self) -> Iterable[Metric]:
+        return [*_speeds([]), *_loads([])]
+
+    def collect(self) -> Iterable[Metric]:
+        found = self._learned()
+        return [*_speeds(found), *_loads(found)]
+
+
+def _speeds(learned: Sequence[Learned]) -> Iterable[Metric]:
+    prefill, decode, load = (
+        _gauge(f"node_model_{name}", f"{text}, as learned.", "node", "model")
+        for name, text in (
+            ("prefill_tokens_per_second", "Prompt tokens read that were not cached"),
+            ("decode_tokens_per_second", "Tokens of an answer"),
+            ("load_seconds", "A cold load"),
+        )
+    )
+    for one in learned:
+        for key, speed in one.speeds.items():
+            told = (prefill, speed.prefill_tps), (decode, speed.decode_tps), (load, speed.load_s)
+            for family, value in told:
+                if value is not None:
+                    family.add_metric([one.node, key], value)
+    return prefill, decode, load
+
+
+def _loads(learned: Sequence[Learned]) -> Iterable[Metric]:
+    cold = CounterMetricFamily(
+        "ollamux_cold_loads", "Requests that a model was loaded for.", labels=["node", "cause"]
+    )
+    again = CounterMetricFamily(
+        "ollamux_reloads", "Loaded models that got another context.", labels=["node", "cause"]
+    )
+    evicted = CounterMetricFamily(
+        "ollamux_evictions", "Models that made room for others.", labels=["node"]
+    )
+    for one in learned:
+        if one.loads is not None:
+            cold.add_metric([one.node, "absent"], one.loads.absent)
+            cold.add_metric([one.node, "reload"], one.loads.reloads)
+            again.add_metric([one.node, "num_ctx"], one.loads.reloads)
+            again.add_metric([one.node, "external"], one.loads.external)
+            evicted.add_metric([one.node], one.loads.evicted)
+    return cold, again, evicted
 
 
 class _Nodes(Collector):

@@ -12,7 +12,7 @@ import msgspec
 
 from router import flows, log
 from router.beside import beside
-from router.core import continuation, retry
+from router.core import continuation, edits, retry
 from router.core.continuation import Plan, Unable
 from router.core.dialect import Asked, Call
 from router.core.policy import Attempt, Target
@@ -131,7 +131,7 @@ class Passage(msgspec.Struct, eq=False):
             node = lease.node
             report.attempts += 1
             report.node, report.url, report.reason = node.name, node.url, lease.reason
-            report.ahead = lease.ahead
+            report.ahead, report.expected_s = lease.ahead, lease.expected_s
             try:
                 exchange = await self._open(lease)
                 try:
@@ -194,12 +194,12 @@ class Passage(msgspec.Struct, eq=False):
         """Send the request; over a fresh connection if a kept one proves to be stale, and at
         once over one where it changes something outside the node."""
         means, waits = self.means, self.waits
-        body = self.body if self.plan is None else self.plan.body
+        body = await self._body(lease)
         length = sum(map(len, body))
         head = request_head(
             lease.node, self.request.method, self.asked.target, self._forwarded(), length, TO_NODE
         )
-        now = means.clock()
+        now = self.report.sent_at = means.clock()
         if self.report.overhead_s is None:
             self.report.overhead_s = now - self.report.started - self.reading_s
         streams = self.call.streams and not self.call.tools
@@ -212,6 +212,16 @@ class Passage(msgspec.Struct, eq=False):
             down_s=waits.silent_down_s,
         )  # fmt: skip
         return await unless_stale(opening, fresh=self.asked.route.need is _PRIMARY)
+
+    async def _body(self, lease: Lease) -> tuple[Bytes, ...]:
+        """What this node gets: a context that is no smaller than its model's, if configured."""
+        pool, body = self.means.pool, self.body if self.plan is None else self.plan.body
+        if not self.asked.route.options or not pool.at_least:
+            return body
+        num_ctx = pool.context(lease)
+        if num_ctx is None:
+            return body
+        return await beside(max(body, key=len), partial(edits.with_context, body, num_ctx))
 
     def _forwarded(self) -> Sequence[Header]:
         request = self.request

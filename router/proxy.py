@@ -116,7 +116,10 @@ class Proxy:
         """What is to be known of a request where it may have to wait for its turn."""
         if not self.pool.schedules:
             return NO_WORK
-        return flows.work(request, report, route, body, self.means.settings.flows, self.clock())
+        return flows.work(
+            request, report, route, body, self.means.settings.flows, self.clock(),
+            at_least=self.pool.at_least,
+        )  # fmt: skip
 
     def _kept(self, call: Call, body: bytes | bytearray, target: Target) -> Kept | None:
         """Where to keep what the client sees of a stream that another node may go on with."""

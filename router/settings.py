@@ -9,6 +9,7 @@ from router.core.rates import Waits
 from router.core.types import (
     Digest,
     NodeSpec,
+    NumCtx,
     Placement,
     Policy,
     PoolSpec,
@@ -173,6 +174,10 @@ class Routing(_Section):
     )
     digest: Annotated[Digest, Field(strict=False)] = Field(
         Digest.ANY, description="which nodes may be asked where a name has several digests"
+    )
+    num_ctx: Annotated[NumCtx, Field(strict=False)] = Field(
+        NumCtx.AS_SENT,
+        description="at_least: raised to the loaded model's context, so that it is not reloaded",
     )
     flow_header: HeaderName | None = Field(
         None, description="names whose a request is, from trusted addresses; default: the address"
@@ -446,6 +451,7 @@ class Config(_Section):
             placements=tuple(entry.placement for entry in self.placement),
             policy=self.routing.policy,
             digest=self.routing.digest,
+            num_ctx=self.routing.num_ctx,
             up_after=self.probe.up_after,
             down_after=self.probe.down_after,
             resilience=Resilience(**self.breaker.model_dump(), **self.retry.model_dump()),

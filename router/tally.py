@@ -93,6 +93,7 @@ class Tally(Collector):
         self._overhead = Spread(_FINE_SECONDS)
         self._retries: Counter[str] = Counter()
         self._decisions: Counter[str] = Counter()
+        self._begins: dict[str, tuple[Spread, Spread]] = {}  # as they were, and as expected
         self._continuations: Counter[Continued] = Counter()
 
     def count(self, report: Report, ended: float) -> None:
@@ -107,6 +108,8 @@ class Tally(Collector):
         place.count(report, ended)
         if report.reason:
             self._decisions[report.reason] += 1
+        if report.expected_s is not None:
+            self._begin(report, report.expected_s)
         if report.attempts > 1:
             self._retries[report.endpoint] += report.attempts - 1
         if report.continuations:
@@ -116,6 +119,19 @@ class Tally(Collector):
         load_s = report.usage.load_s
         if load_s is not None and load_s >= _COLD_LOAD_S:
             self._loads.setdefault((model, report.node), Spread()).add(load_s)
+
+    def _begin(self, report: Report, expected_s: float) -> None:
+        """Add when a stream began, beside when it was to. Others begin when they are over."""
+        first_at = report.first_at
+        if first_at is None or report.ending is not _OK or not report.streamed:
+            return
+        if report.continuations:
+            return  # the node that it began on is not the last
+        spreads = self._begins.get(report.reason)
+        if spreads is None:
+            spreads = self._begins[report.reason] = (Spread(), Spread())
+        spreads[0].add(first_at - report.sent_at)
+        spreads[1].add(expected_s)
 
     def collect(self) -> Iterable[Metric]:
         yield from self._counters()
@@ -178,11 +194,22 @@ class Tally(Collector):
         for labels, taken in self._loads.items():
             taken.fill(loads, labels)
         yield loads
+        yield from self._first_bytes()
         overhead = _spread(
             "router_overhead", "The router's own time before the upstream request is written."
         )
         self._overhead.fill(overhead, [])
         yield overhead
+
+    def _first_bytes(self) -> Iterable[Metric]:
+        was = _spread("first_byte", "From the node's turn to a stream's first record.", "reason")
+        expected = _spread(
+            "first_byte_expected", "How long these were expected to take, then.", "reason"
+        )
+        for reason, spreads in self._begins.items():
+            spreads[0].fill(was, [reason])
+            spreads[1].fill(expected, [reason])
+        return was, expected
 
 
 def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:

@@ -9,10 +9,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router import __version__
+from router.core.memory import Loads
 from router.core.policy import Attempt, Target
-from router.core.pool import Queued
+from router.core.pool import Learned, Queued
+from router.core.rates import Speed
 from router.core.usage import Source, Usage
-from router.log import Ending, Report
+from router.log import Continued, Ending, Report
 from router.metrics import Metrics
 from router.sim import Fault, FaultKind
 from tests.rig import MODEL, Rig, model, parsed, rig, spec, talk
@@ -72,6 +74,14 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_queue_depth": ("gauge", {"priority"}),
     "ollamux_queue_wait_seconds": ("histogram", {"priority"}),
     "ollamux_queue_expected_wait_seconds": ("histogram", {"priority"}),
+    "ollamux_node_model_prefill_tokens_per_second": ("gauge", set()),  # nothing of these either
+    "ollamux_node_model_decode_tokens_per_second": ("gauge", set()),
+    "ollamux_node_model_load_seconds": ("gauge", set()),
+    "ollamux_cold_loads": ("counter", set()),  # nobody plans with memory
+    "ollamux_reloads": ("counter", set()),
+    "ollamux_evictions": ("counter", set()),
+    "ollamux_first_byte_seconds": ("histogram", set()),
+    "ollamux_first_byte_expected_seconds": ("histogram", set()),
     "ollamux_node_in_flight": ("gauge", {"node"}),
     "ollamux_node_model_slots": ("gauge", set()),  # nothing was learned
     "ollamux_node_slots": ("gauge", {"node"}),
@@ -364,10 +374,50 @@ CHUNKS = Usage(completion_tokens=5, source=Source.CHUNKS)
 
 
 def counted(*reports: Report, ended: float) -> Samples:
-    metrics = Metrics(list, dict, {})
+    metrics = Metrics(list, dict, {}, list)
     for report in reports:
         metrics.requests.count(report, ended)
     return read(metrics.render().decode())
+
+
+def test_what_loading_has_come_to_is_told_by_node_and_cause() -> None:
+    speeds = {MODEL: Speed(2000.0, None, 2.5)}
+    learned = [Learned("n1", speeds, Loads(1, 2, 3, 4)), Learned("n2", {}, None)]
+    samples = read(Metrics(list, dict, {}, lambda: learned).render().decode())
+    told = {
+        ("ollamux_cold_loads_total", "absent"): 1,
+        ("ollamux_cold_loads_total", "reload"): 2,
+        ("ollamux_reloads_total", "num_ctx"): 2,
+        ("ollamux_reloads_total", "external"): 3,
+    }
+    for (name, cause), count in told.items():
+        assert value(samples, name, node="n1", cause=cause) == count
+    assert value(samples, "ollamux_evictions_total", node="n1") == 4
+    place = {"node": "n1", "model": MODEL}
+    assert value(samples, "ollamux_node_model_prefill_tokens_per_second", **place) == 2000
+    assert value(samples, "ollamux_node_model_load_seconds", **place) == 2.5
+    assert not any(name.startswith("ollamux_node_model_decode") for name, _ in samples)
+    assert not any(("node", "n2") in labels for _, labels in samples)
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        ({}, True),
+        ({"streamed": False}, False),
+        ({"first_at": None}, False),
+        ({"ending": Ending.BROKEN}, False),
+        ({"continuations": (Continued.CONTINUED,)}, False),
+        ({"expected_s": None}, False),
+    ],
+)
+def test_the_first_byte_of_a_whole_stream_is_told_beside_what_was_expected(
+    fields: Mapping[str, Any], *, counts: bool
+) -> None:
+    usual = {"streamed": True, "sent_at": 11.0, "first_at": 12.5, "expected_s": 2.0}
+    samples = counted(report(reason="warm", **{**usual, **fields}), ended=20.0)
+    for name, seconds in (("first_byte", 1.5), ("first_byte_expected", 2.0)):
+        assert total(samples, f"ollamux_{name}_seconds_sum", reason="warm") == seconds * counts
 
 
 def report(**fields: Any) -> Report:

@@ -55,7 +55,7 @@ class Route:
     for them. `need`: what it needs of a node beside the model; `since`: the version of
     Ollama that first had it, none where the router answers or every version in use has it.
     `form`: its body is a multipart form. `content`: the field without which it only loads, or
-    unloads.
+    unloads. `options`: its body may hold those of a model, such as `num_ctx`.
     """
 
     path: str
@@ -72,6 +72,7 @@ class Route:
     asks_usage: bool = False
     form: bool = False
     content: str = ""
+    options: bool = False
 
 
 _AS_SHOWN = "model '{key}' not found"
@@ -90,12 +91,12 @@ _PRIMARY, _CLOUD, _ANY = Need.PRIMARY, Need.CLOUD, Need.ANY
 
 ROUTES: tuple[Route, ...] = (
     Route("/api/chat", _POST, _R, model_in=_M, streams=True, final=_DONE, chunk=_GOING_ON,
-          content="messages"),
+          content="messages", options=True),
     Route("/api/generate", _POST, _R, model_in=_M, streams=True, final=_DONE, chunk=_GOING_ON,
-          content="prompt"),
+          content="prompt", options=True),
     Route("/api/embed", _POST, _R, model_in=_M, missing=_TRY_PULLING, since=(0, 2, 6),
-          content="input"),
-    Route("/api/embeddings", _POST, _R, model_in=_M, missing=_TRY_PULLING),
+          content="input", options=True),
+    Route("/api/embeddings", _POST, _R, model_in=_M, missing=_TRY_PULLING, options=True),
     Route("/api/show", _POST, _R, model_in=_MN, missing=_AS_SHOWN),
     Route(
         "/v1/chat/completions", _POST, _R, _OPENAI, _M, streams=False, final=OPENAI_END,

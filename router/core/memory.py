@@ -13,6 +13,7 @@ import msgspec
 from router.core.prefix import Prefixes
 from router.core.slots import Slots
 from router.core.types import UNTOLD_BYTES, Model, NodeSpec
+from router.core.work import Work
 
 _KEEP_ALIVE_S = 300.0
 _DISK_TO_MEMORY = 1.2
@@ -21,6 +22,17 @@ _LESS = 0.999  # of what did not fit
 _PER_GPU = 3  # models that Ollama keeps, unless it is told otherwise
 _LATE_S = 5.0  # and as long again as was expected: a load that takes longer waits for room
 _SETTLING_S = 3.0  # so long after its end a load may be missing in an answer of /api/ps
+
+
+class Loads(msgspec.Struct):
+    """What loading has come to on a node, counted: models that were not in its memory, and those
+    that were, for another context; `external`: contexts that changed without a request here that
+    was to do so; `evicted`: models that made room before their time."""
+
+    absent: int = 0
+    reloads: int = 0
+    external: int = 0
+    evicted: int = 0
 
 
 class Run(msgspec.Struct, eq=False):
@@ -44,7 +56,9 @@ class Run(msgspec.Struct, eq=False):
 class Loaded:
     """A model in memory, or on its way there: then `ready` is when it is expected, else None.
     `since`: when it was loaded; `used`: when a request for it last began or ended. `asked`: the
-    context that it was loaded for, `num_ctx` what it was told to have, which may be less."""
+    context that it was loaded for, `num_ctx` what it was told to have, which may be less; `plain`:
+    a request that asked for none has been answered with it. `default`: what such a one gets there,
+    None while nobody has seen it."""
 
     key: str
     size_bytes: float
@@ -52,6 +66,8 @@ class Loaded:
     used: float
     asked: int | None = None
     num_ctx: int | None = None
+    default: int | None = None
+    plain: bool = False
     keep_alive_s: float = _KEEP_ALIVE_S
     ready: float | None = None
     runs: dict[object, Run] = field(default_factory=dict)
@@ -66,10 +82,24 @@ class Loaded:
         """In how many seconds each of its requests is expected to end."""
         return [run.left_s(now) for run in self.runs.values()]
 
-    def differs(self, num_ctx: int | None) -> bool:
-        """Whether a request for this context has Ollama load it anew."""
-        known = (self.asked, self.num_ctx)
-        return num_ctx is not None and num_ctx not in known and known != (None, None)
+    @property
+    def context(self) -> int | None:
+        """For how many tokens it is loaded, as far as known."""
+        return self.num_ctx or self.asked or self.default
+
+    def differs(self, work: Work) -> bool:
+        """Whether a request has Ollama load it anew: it asks for another context, or for none, and
+        the model is loaded for another one than it is where nobody asks. Where the router may
+        raise what is asked for, only more than there is does so."""
+        wanted = work.num_ctx or self.default
+        if wanted is None:
+            return self.asked is not None and not work.at_least
+        has = self.context
+        if has is None:
+            return work.at_least
+        if self.asked is not None and self.asked > has:
+            wanted = min(wanted, has)  # the model was not trained for more, whoever asks for it
+        return wanted > has if work.at_least else wanted not in (has, self.asked)
 
 
 class Memory:
@@ -77,8 +107,8 @@ class Memory:
     room is made for, and `leaving` what gets nothing new for that."""
 
     __slots__ = (
-        "_count_max", "_limit_bytes", "_slots", "_told", "gpus", "growth", "leaving", "loaded",
-        "loading", "sizes", "wanted",
+        "_count_max", "_defaults", "_driven_out", "_limit_bytes", "_slots", "_told", "_vanished",
+        "gpus", "growth", "leaving", "loaded", "loading", "loads", "sizes", "wanted",
     )  # fmt: skip
 
     def __init__(self, gpus: Collection[int]) -> None:
@@ -87,6 +117,10 @@ class Memory:
         self.sizes: dict[str, float] = {}  # of what was ever seen in it
         self.growth = 0.0  # how much larger models are in memory than on disk; 0 if not known
         self._slots: dict[str, Slots] = {}
+        self._defaults: dict[str, int] = {}  # contexts where nobody asks for one
+        self._driven_out: set[str] = set()  # by what was loaded, as far as that can be told
+        self._vanished: dict[str, int | None] = {}  # for nothing that is known, with their contexts
+        self.loads = Loads()
         self.loaded: dict[str, Loaded] = {}
         self.loading: Loaded | None = None
         self.wanted = ""
@@ -111,10 +145,12 @@ class Memory:
         loading = self.loading
         if loading is not None and loading.key in resident and (loading.ready or 0.0) <= now:
             self.ready(loading, now)  # some versions list it while it is loaded, too
+        self._count_driven_out(resident)
         for key, model in resident.items():
             one = self.loaded.get(key)
             if one is None:
-                one = self.loaded[key] = Loaded(key, 0.0, now, now)
+                was, default = self._vanished.pop(key, None), self._defaults.get(key)
+                one = self.loaded[key] = Loaded(key, 0.0, now, now, num_ctx=was, default=default)
             self._describe(one, model, now, wall)
         missing = [one for key, one in self.loaded.items() if key not in resident]
         gone = [
@@ -146,7 +182,10 @@ class Memory:
         for one in gone:
             early = now - one.used < one.keep_alive_s
             if early and newest > one.used:
+                self.loads.evicted += 1
                 self._take_less()
+            elif early:
+                self._vanished[one.key] = one.num_ctx
             del self.loaded[one.key]
 
     def _take_less(self) -> None:
@@ -156,6 +195,15 @@ class Memory:
         elif self.used_bytes <= self._limit_bytes:
             self._count_max = max(1, len(self.loaded) - 1)
 
+    def _count_driven_out(self, resident: Collection[str]) -> None:
+        """Of what was thought to make room, what has."""
+        gone = {key for key in self._driven_out if key not in resident}
+        self.loads.evicted += len(gone)
+        for key in gone & self.loaded.keys():  # it was listed for some time
+            if not self.loaded[key].runs:
+                del self.loaded[key]
+        self._driven_out = self._driven_out - gone if self.loading is not None else set()
+
     @property
     def used_bytes(self) -> float:
         return sum(one.size_bytes for one in self.loaded.values())
@@ -163,13 +211,20 @@ class Memory:
     def _describe(self, one: Loaded, model: Model, now: float, wall: float) -> None:
         size = model.number("size_vram") or model.size_bytes
         one.size_bytes = self.sizes[one.key] = size or one.size_bytes or UNTOLD_BYTES
-        ctx = int(model.number("context_length"))
-        if ctx and one.ready is None and ctx != one.num_ctx:
-            one.asked = one.asked if one.num_ctx is None else None  # others have loaded it anew
-            one.num_ctx = ctx
+        ctx = model.context
+        if ctx and one.ready is None:
+            self._take_context(one, ctx)
         left_s = model.moment("expires_at").timestamp() - wall
         if wall and not one.runs and left_s > 0:
             one.keep_alive_s = round((left_s + now - one.used) / 5) * 5.0
+
+    def _take_context(self, one: Loaded, ctx: int) -> None:
+        if one.num_ctx is not None and ctx != one.num_ctx:  # others have loaded it anew
+            self.loads.external += ctx != one.asked
+            one.asked, one.plain = None, False
+        one.num_ctx = ctx
+        if one.plain:
+            one.default = self._defaults[one.key] = ctx
 
     def learned(self, key: str) -> Slots:
         """What is known of how many requests a model serves at once."""
@@ -221,11 +276,27 @@ class Memory:
         """A request goes there that has this model loaded first; gives the new one."""
         for victim in self.victims(key, need_bytes) or ():
             del self.loaded[victim.key]
-        one = Loaded(key, need_bytes, now, now, num_ctx, ready=ready)
+            self._driven_out.add(victim.key)
+        if key in self.loaded:
+            self.loads.reloads += 1
+        else:
+            self.loads.absent += 1
+        if key in self._driven_out:  # nobody has looked in between
+            self._driven_out.discard(key)
+            self.loads.evicted += 1
+        self._vanished.pop(key, None)
+        default = self._defaults.get(key)
+        one = Loaded(key, need_bytes, now, now, num_ctx, default=default, ready=ready)
         self.loaded[key] = self.loading = one
         if self.wanted == key:
             self.wanted, self.leaving = "", ()
         return one
+
+    def began(self, one: Loaded, work: Work, now: float) -> None:
+        """An answer of it begins, and with that it has been loaded."""
+        self.ready(one, now)
+        if work.num_ctx is None and not (work.at_least and one.context):
+            one.plain = True
 
     def ready(self, one: Loaded, now: float) -> None:
         """It has been loaded."""
@@ -255,8 +326,11 @@ class Memory:
 
     def forget(self) -> None:
         """The node has ended: it is empty, but for what has not ended yet as far as is known. That
-        counts until it does."""
+        counts until it does. It may come back with other settings."""
         self.loaded = {key: one for key, one in self.loaded.items() if one.runs}
+        self._driven_out.clear()
+        self._vanished.clear()
+        self._defaults.clear()
         self.wanted, self.leaving = "", ()
 
     def reserve(self, key: str, victims: Collection[Loaded]) -> None:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from router.core.breaker import Breaker, Ground
 from router.core.names import Name
+from router.core.rates import Speed
 from router.core.replica import Replica
 from router.core.types import (
     Ejected,
@@ -41,6 +42,7 @@ TRANSITIONS: Mapping[tuple[Health, Sign], tuple[Health, int]] = {
 
 _CLOSED = Ejection.CLOSED
 _OTHERS = 2  # so many of the answers in a row are of other models than the worst one
+_SPEEDS_MAX = 100  # or they would be as many series as there are models
 _REPLICAS_MAX = 1000  # a cloud model can have any name
 _BROKEN = frozenset((FailureKind.CONNECT, FailureKind.RESET, FailureKind.GARBAGE))
 _NO_FAULT = frozenset((
@@ -108,6 +110,14 @@ class Node:
     def disk(self) -> float:
         """Bytes of all models that it lists."""
         return sum(model.size_bytes for model in self._listed.values())
+
+    def speeds(self) -> Mapping[str, Speed]:
+        """What the models that it has have shown; where those are many, of those in its memory."""
+        known = {key: one.rates.speed for key, one in self.replicas.items() if key in self.present}
+        if len(known) <= _SPEEDS_MAX:
+            return known
+        kept = sorted(known, key=lambda key: (key not in self.resident, key))[:_SPEEDS_MAX]
+        return {key: known[key] for key in kept}
 
     def configure(self, spec: NodeSpec, pool: str) -> None:
         """Take a new specification of the same server; what is known of it stays."""

@@ -1,6 +1,7 @@
 """The one owner of nodes and leases. Synchronous; told the time; returns what to do."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from math import inf
 
 import msgspec
@@ -8,9 +9,10 @@ import msgspec
 from router.core import policy, sizing
 from router.core.bounds import Conflicts, Rules, conflicts
 from router.core.breaker import Ground, Roll
+from router.core.memory import Loads
 from router.core.node import Node
 from router.core.policy import Attempt, Eligible, Target
-from router.core.rates import Waits
+from router.core.rates import Speed, Waits
 from router.core.resolver import Resolver
 from router.core.retry import Budget
 from router.core.scheduler import Placed, Scheduler
@@ -22,6 +24,7 @@ from router.core.types import (
     Need,
     NodeSpec,
     NodeView,
+    NumCtx,
     Observation,
     Outcome,
     Policy,
@@ -59,6 +62,14 @@ class Queued(msgspec.Struct, frozen=True, eq=False):
 
     attempt: Attempt
     expected_s: float
+
+
+class Learned(msgspec.Struct, frozen=True, eq=False):
+    """What a node has shown: `loads` is None where nobody plans with its memory."""
+
+    node: str
+    speeds: Mapping[str, Speed]
+    loads: Loads | None
 
 
 class _Held(msgspec.Struct, frozen=True, eq=False):
@@ -298,6 +309,11 @@ class Pool:
     # Those that wait.
 
     @property
+    def at_least(self) -> bool:
+        """Whether contexts that requests ask for are raised to those of loaded models."""
+        return self._topology.num_ctx is NumCtx.AT_LEAST
+
+    @property
     def waiting(self) -> int:
         """How many requests wait for a node."""
         return len(self._scheduler.queue)
@@ -362,12 +378,15 @@ class Pool:
             self._again_at = 0.0
         return [self._placed(found, now) for found in placed]
 
-    def began(self, attempt: Attempt, now: float) -> None:
-        """The first record of its answer is there."""
+    def began(self, attempt: Attempt, now: float) -> str:
+        """The first record of its answer is there. Gives the url of the node, if it has loaded
+        something for that and others depend on its context."""
         held = self._leases.get(attempt)
-        if held is not None and held.scheduled:
-            self._scheduler.began(attempt, held.node, held.key, now)
-            self._touched.add(held.node)
+        if held is None or not held.scheduled:
+            return ""
+        self._touched.add(held.node)
+        loaded = self._scheduler.began(attempt, held.node, held.key, now)
+        return held.node.spec.url if loaded and self.at_least else ""
 
     def _having(self, key: str, digest: str) -> Sequence[Sequence[Node]]:
         return [[n for n in nodes if n.digest(key) == digest] for nodes in self._pools]
@@ -446,6 +465,19 @@ class Pool:
             waits, sizing.tokens(body_bytes), replica.in_flight - 1, streams=streams,
             warm=held.key in held.node.resident,
         )  # fmt: skip
+
+    def context(self, lease: Lease) -> int | None:
+        """For how many tokens the model is loaded where this lease is; None where that is not
+        known, and where it is to be loaded."""
+        if lease.reason is Reason.LOAD:
+            return None
+        held = self._leases[lease.attempt]
+        one = (
+            self._scheduler.scores.memory(held.node).loaded.get(held.key)
+            if held.scheduled
+            else held.node.resident.get(held.key)
+        )
+        return None if one is None else one.context
 
     # What the operator says.
 
@@ -537,6 +569,16 @@ class Pool:
         return [self._view(node, leaving=False) for node in self._nodes.values()] + [
             self._view(node, leaving=True) for node in self._leaving
         ]
+
+    def learned(self) -> Sequence[Learned]:
+        """What each node has shown of its speed, and what loading has come to there."""
+        return [
+            Learned(
+                node.spec.name, node.speeds(),
+                copy(self._scheduler.scores.memory(node).loads) if self.schedules else None,
+            )
+            for node in self._nodes.values()
+        ]  # fmt: skip
 
     def queued(self) -> Mapping[str, int]:
         """How many requests wait, by priority."""

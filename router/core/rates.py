@@ -28,6 +28,15 @@ class Waits(msgspec.Struct, frozen=True):
     silent_down_s: float
 
 
+class Speed(msgspec.Struct, frozen=True):
+    """What a model on a node has shown: tokens per second, and seconds to load it; None for what it
+    has not."""
+
+    prefill_tps: float | None
+    decode_tps: float | None
+    load_s: float | None
+
+
 class Rates:
     """What the answers of one model on one node have told; None for what none has told yet.
 
@@ -63,6 +72,10 @@ class Rates:
     @property
     def decode_tps(self) -> float | None:
         return self.out_tokens / self.eval_s if self.answers else None
+
+    @property
+    def speed(self) -> Speed:
+        return Speed(self.prefill_tps, self.decode_tps, self.load_s)
 
     @property
     def service_s(self) -> float:

@@ -93,16 +93,19 @@ class Scheduler:
         """Whether one of these could take a request for this model now."""
         return any(self.scores.seat(n, key, now).free for n in nodes if key in n.present)
 
-    def began(self, attempt: Attempt, node: Node, key: str, now: float) -> None:
-        """The first record of an answer is there: whatever had to be loaded is."""
+    def began(self, attempt: Attempt, node: Node, key: str, now: float) -> bool:
+        """The first record of an answer is there: whatever had to be loaded is. Says whether
+        anything had."""
         memory = self.scores.memory(node)
         one = memory.loaded[key]
         run = one.runs[attempt]
-        memory.ready(one, now)
+        loading = one.ready is not None
+        memory.began(one, attempt.work, now)
         one.prefixes.remember(attempt.work.blocks)
         if node.spec.auto:
             memory.learned(key).began(run.ahead, run.since, now)
         run.begin(now)
+        return loading
 
     def withdraw(self, attempt: Attempt) -> None:
         """It waits no longer, and has got nothing."""
@@ -281,7 +284,7 @@ class Scheduler:
             if (
                 loaded is not None
                 and loaded is not memory.loading
-                and not any(loaded.differs(one.attempt.work.num_ctx) for one in by_key[loaded.key])
+                and not any(loaded.differs(one.attempt.work) for one in by_key[loaded.key])
             ):
                 memory.release(())
 
@@ -292,7 +295,7 @@ class Scheduler:
         memory, loaded = seat.memory, seat.loaded
         if loaded is None or now - one.since < _PATIENCE_S or memory.wanted:
             return
-        if loaded.differs(one.attempt.work.num_ctx) and memory.loading is None:
+        if loaded.differs(one.attempt.work) and memory.loading is None:
             memory.reserve(one.key, [loaded])
 
     def _reserve(self, one: Waiting, nodes: Sequence[Node], now: float) -> None:

@@ -17,6 +17,7 @@ from router.core.prefix import BLOCK_TOKENS
 from router.core.queue import Waiting
 from router.core.types import Reason
 from router.core.usage import Usage
+from router.core.work import Work
 
 _FIRST_SHARE = 0.3  # how much the length of an answer weighs against its first token
 _CONTENTION = 0.7
@@ -64,14 +65,14 @@ class Seat:
         """Whether it could take a request now."""
         return self.victims is not None if self.loaded is None else self.ends[0] <= 0.0
 
-    def reloads(self, num_ctx: int | None) -> bool:
-        """Whether a request for this context has the model loaded, or loaded anew."""
-        return self.loaded is None or self.loaded.differs(num_ctx)
+    def reloads(self, work: Work) -> bool:
+        """Whether a request has the model loaded, or loaded anew."""
+        return self.loaded is None or self.loaded.differs(work)
 
     def known(self, attempt: Attempt) -> int:
         """How many blocks of its prompt are in the cache there."""
         work = attempt.work
-        if self.loaded is None or self.loaded.differs(work.num_ctx):
+        if self.loaded is None or self.loaded.differs(work):
             return 0
         return self.loaded.prefixes.common(work.blocks)
 
@@ -85,7 +86,7 @@ class Seat:
 
     def reason(self, attempt: Attempt) -> Reason:
         """Why a request would go there."""
-        if self.reloads(attempt.work.num_ctx):
+        if self.reloads(attempt.work):
             return Reason.LOAD
         return Reason.CACHED if self.known(attempt) else Reason.WARM
 
@@ -255,7 +256,7 @@ class Scores:
             if seat.victims is None:
                 return None
             return Terms(0.0, self._load_s(one, seat, now), self._answer_s(one, seat), True)
-        anew, leaves = seat.reloads(one.attempt.work.num_ctx), loaded.key in memory.leaving
+        anew, leaves = seat.reloads(one.attempt.work), loaded.key in memory.leaving
         if leaves and memory.wanted != loaded.key:
             return None
         if anew or leaves:

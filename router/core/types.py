@@ -97,6 +97,13 @@ class Policy(enum.StrEnum):
     EXPECTED_DELAY = "expected-delay"
 
 
+class NumCtx(enum.StrEnum):
+    """What becomes of the context that a request asks a native endpoint for."""
+
+    AS_SENT = "as_sent"
+    AT_LEAST = "at_least"  # raised to that of the loaded model, where it is smaller or missing
+
+
 @dataclass(frozen=True, slots=True)
 class Resilience:
     """When traffic is kept away from what fails, for how long, and how often it is tried again.
@@ -135,6 +142,7 @@ class Topology:
     placements: tuple[Placement, ...] = ()
     policy: Policy = Policy.LEAST_IN_FLIGHT
     digest: Digest = Digest.ANY
+    num_ctx: NumCtx = NumCtx.AS_SENT
     up_after: int = 2
     down_after: int = 3
     resilience: Resilience = Resilience()
@@ -213,6 +221,11 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size_bytes", self.number("size"))
+
+    @property
+    def context(self) -> int | None:
+        """The tokens that a resident model's context has, where the node tells it."""
+        return int(self.number("context_length")) or None
 
     def moment(self, field: str) -> datetime:
         """A time of the entry. Go writes nanoseconds, which Python reads since 3.11; a year past

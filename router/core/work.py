@@ -29,7 +29,8 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     `prompt_tokens`: an estimate. `blocks`: hashes of the prompt's beginnings, each of one block
     more than the one before. `max_tokens`, `num_ctx`: as the client asks, None where it does not.
     `weight`: how much of the nodes its flow is to have, beside others. `deadline`: until when it
-    has to have a node, on the clock of the pool.
+    has to have a node, on the clock of the pool. `at_least`: what it asks for may be raised to the
+    context that the model is loaded for.
     """
 
     flow: str = ""
@@ -40,6 +41,7 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     priority: Priority = _NORMAL
     deadline: float = inf
     weight: float = 1.0
+    at_least: bool = False
 
 
 NO_WORK = Work()

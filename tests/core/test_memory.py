@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.memory import Loaded, Memory, Run
+from router.core.memory import Loaded, Loads, Memory, Run
 from router.core.policy import Target
 from router.core.pool import Pool
 from router.core.types import Model, NodeSpec, Outcome, Scope
+from router.core.work import Work
 from router.sim.models import SimModel, SimSpec
 from router.sim.node import Scheduler
 from router.sim.runner import EventKind, Job, Resident
@@ -307,11 +308,13 @@ def test_what_works_does_not_tell_how_long_it_is_kept() -> None:
         (None, 4096, 8192, True),
         (8192, None, 8192, False),
         (8192, None, 4096, True),
-        (8192, None, None, False),
+        (8192, None, None, True),  # it gets the node's default, whatever that is
+        (8192, 8192, None, True),
         # the model was not trained for more, and is not loaded anew for those that ask for more
         (99999, 4096, 99999, False),
         (99999, 4096, 4096, False),
-        (99999, 4096, 8192, True),
+        (99999, 4096, 8192, False),
+        (99999, 4096, 2048, True),
     ],
 )
 def test_a_request_for_another_context_has_a_model_loaded_anew(
@@ -322,7 +325,160 @@ def test_a_request_for_another_context_has_a_model_loaded_anew(
     memory.ready(one, 2.0)
     if has is not None:
         memory.see(listed("a1", context_length=has), 5.0, WALL + 5)
-    assert one.differs(wanted) is differs
+    assert one.differs(Work(num_ctx=wanted)) is differs
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "has", "wanted", "as_sent", "at_least"),
+    [
+        # who asks for less, or for nothing, is given what is there
+        (None, 8192, 8192, 8192, False, False),
+        (None, 8192, 8192, 4096, True, False),
+        (None, 8192, 8192, 16384, True, True),
+        (None, 8192, 8192, None, True, False),
+        (None, 8192, None, 4096, True, False),
+        (None, 8192, None, 16384, True, True),
+        (None, None, 8192, None, False, False),
+        (None, None, 8192, 4096, True, False),
+        # nobody knows what is there: to raise is not possible yet
+        (None, None, None, None, False, False),
+        (None, None, None, 4096, False, True),
+        # who asks for nothing asks for the default
+        (4096, 8192, 8192, None, True, False),
+        (4096, 2048, 2048, None, True, True),
+        (4096, 4096, 4096, None, False, False),
+        (4096, None, 2048, None, True, True),
+        (4096, None, None, None, False, False),
+        (4096, None, None, 4096, False, False),
+        (4096, None, None, 2048, True, False),
+        (4096, None, None, 8192, True, True),
+        (99999, 99999, 4096, None, False, False),
+        # more than the model was trained for
+        (None, 99999, 4096, 8192, False, False),
+        (None, 99999, 4096, 2048, True, False),
+    ],
+)
+def test_only_a_larger_context_has_a_model_loaded_anew_where_smaller_ones_are_raised(
+    default: int | None, asked: int | None, has: int | None, wanted: int | None,
+    *, as_sent: bool, at_least: bool,
+) -> None:  # fmt: skip
+    one = Loaded("a", GB, 0.0, 0.0, asked, has, default)
+    assert one.differs(Work(num_ctx=wanted)) is as_sent
+    assert one.differs(Work(num_ctx=wanted, at_least=True)) is at_least
+
+
+def loads(
+    memory: Memory, num_ctx: int | None, told: int, now: float, *, at_least: bool = False
+) -> Loaded:
+    """A request loads `a`, its answer begins, and the node is looked at."""
+    one = memory.load("a", GB, num_ctx, ready=now + 2, now=now)
+    memory.began(one, Work(num_ctx=num_ctx, at_least=at_least), now + 2)
+    memory.see(listed("a1", now, context_length=told), now + 3, WALL + now + 3)
+    return one
+
+
+def test_the_default_is_what_a_request_got_that_asked_for_none() -> None:
+    memory = Memory([])
+    assert loads(memory, 8192, 8192, 0.0).default is None
+    assert loads(memory, None, 4096, 10.0).default == 4096
+    assert loads(memory, 8192, 8192, 20.0).default == 4096
+    assert loads(memory, None, 2048, 30.0).default == 2048, "it was made anew"
+    memory.loaded["a"].runs.clear()
+    memory.forget()
+    assert loads(memory, 8192, 8192, 40.0).default is None
+
+
+def test_what_was_raised_tells_no_default() -> None:
+    memory = Memory([])
+    one = loads(memory, 8192, 8192, 0.0)
+    memory.began(one, Work(at_least=True), 5.0)
+    memory.see(listed("a1", 5.0, context_length=8192), 6.0, WALL + 6)
+    assert one.default is None
+    assert loads(memory, None, 4096, 10.0, at_least=True).default == 4096
+    memory.see(listed("a1", 20.0, context_length=2048), 21.0, WALL + 21)
+    assert memory.loaded["a"].default == 4096, "others have asked for that"
+
+
+def test_one_that_is_found_loaded_has_the_default_that_is_known() -> None:
+    memory = Memory([])
+    loads(memory, None, 4096, 0.0)
+    memory.see({}, 10.0, WALL + 10)
+    memory.see(listed("a1", 20.0, context_length=8192), 20.0, WALL + 20)
+    assert memory.loaded["a"].differs(Work())
+
+
+def test_loads_are_counted_by_their_cause() -> None:
+    memory = Memory([])
+    loads(memory, None, 4096, 0.0)
+    assert memory.loads == Loads(absent=1)
+    loads(memory, 8192, 8192, 10.0)
+    assert memory.loads == Loads(absent=1, reloads=1)
+    memory.see(listed("a1", 20.0, context_length=8192), 20.0, WALL + 20)
+    assert memory.loads.external == 0
+    memory.see(listed("a1", 30.0, context_length=2048), 30.0, WALL + 30)
+    assert memory.loads == Loads(absent=1, reloads=1, external=1)
+
+
+def test_what_others_load_anew_between_two_looks_is_seen_when_it_is_back() -> None:
+    for back, external in ((4096, 0), (8192, 1)):
+        memory = Memory([])
+        loads(memory, None, 4096, 0.0)
+        memory.see({}, 10.0, WALL + 10)
+        memory.see(listed("a1", 15.0, context_length=back), 15.0, WALL + 15)
+        assert memory.loads == Loads(absent=1, external=external)
+
+
+def test_a_reload_that_is_listed_late_is_no_others() -> None:
+    memory = Memory([])
+    loads(memory, None, 2048, 0.0)
+    memory.load("a", GB, 4096, ready=12.0, now=10.0)
+    for now, ctx in ((15.0, 2048), (20.0, 4096)):
+        memory.see(listed("a1", now, context_length=ctx), now, WALL + now)
+    assert memory.loads == Loads(absent=1, reloads=1)
+
+
+def evicted(memory: Memory, *answers: tuple[float, str]) -> int:
+    for now, answer in answers:
+        memory.see(listed(answer, now), now, WALL + now)
+    return memory.loads.evicted
+
+
+def test_what_makes_room_for_others_is_counted_once_it_has() -> None:
+    memory = told(20, "a10 b10")
+    new = memory.load("n", 10 * GB, None, ready=12.0, now=10.0)
+    assert evicted(memory, (11.0, "a10 b10")) == 0, "it is still there"
+    assert evicted(memory, (11.5, "b10")) == 1
+    memory.ready(new, 12.0)
+    assert evicted(memory, (13.0, "b10 n10"), (30.0, "b10 n10")) == 1
+
+
+def test_what_is_listed_and_used_while_it_makes_room_is_at_work_until_it_ends() -> None:
+    memory = told(20, "a10 b10")
+    memory.load("n", 10 * GB, None, ready=12.0, now=10.0)
+    assert evicted(memory, (11.0, "a10 b10")) == 0
+    memory.loaded["a"].runs["one"] = Run(11.0, 0.0, 1.0)
+    assert evicted(memory, (11.5, "b10")) == 1
+    assert "a" in memory.loaded
+
+
+def test_what_was_thought_to_make_room_and_stays_is_not_counted() -> None:
+    memory = told(20, "a10 b10")
+    memory.ready(memory.load("n", 10 * GB, None, ready=12.0, now=10.0), 12.0)
+    assert evicted(memory, (13.0, "a10 b10 n10"), (400.0, "b10 n10")) == 0
+
+
+def test_what_is_loaded_again_before_anybody_looks_had_made_room() -> None:
+    memory = told(10, "a10")
+    for key, now in (("n", 10.0), ("a", 20.0)):
+        memory.ready(memory.load(key, 10 * GB, None, ready=now + 1, now=now), now + 1)
+    assert (memory.loads.evicted, memory.loads.absent) == (1, 2)
+    assert evicted(memory, (30.0, "a10")) == 2
+
+
+def test_what_others_drove_out_is_counted_but_not_what_has_had_its_time_or_was_unloaded() -> None:
+    assert evicted(told(None, "a10"), (10.0, "a10"), (20.0, "b10")) == 1
+    assert evicted(told(None, "a10"), (10.0, "a10"), (400.0, "b10")) == 0
+    assert evicted(told(None, "a10"), (10.0, "a10"), (20.0, "")) == 0
 
 
 def test_what_others_have_had_loaded_anew_has_their_context() -> None:
@@ -331,7 +487,7 @@ def test_what_others_have_had_loaded_anew_has_their_context() -> None:
     one = memory.loaded["a"]
     for ctx in (8192, 8192, 4096):
         memory.see(listed("a1", context_length=ctx), 5.0, WALL + 5)
-    assert (one.differs(8192), one.differs(4096)) == (True, False)
+    assert [one.differs(Work(num_ctx=ctx)) for ctx in (8192, 4096)] == [True, False]
 
 
 def test_until_it_is_loaded_anew_it_is_listed_with_its_old_context() -> None:
@@ -339,7 +495,7 @@ def test_until_it_is_loaded_anew_it_is_listed_with_its_old_context() -> None:
     one = memory.load("a", GB, 99999, ready=20.0, now=0.0)
     memory.see(listed("a1", context_length=2048), 5.0, WALL + 5)
     memory.see(listed("a1", context_length=4096), 25.0, WALL + 25)
-    assert not one.differs(99999)
+    assert not one.differs(Work(num_ctx=99999))
 
 
 # How much room there is, where nobody says

@@ -287,7 +287,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         """The nodes that could answer it now, as far as anybody can see from outside."""
         scheduler = self.pool._scheduler
         nodes = self.pool._nodes_of(self.now)(one.attempt)
-        asked = {other.attempt.work.num_ctx for other in scheduler.queue.by_key[one.key]}
+        asked = [other.attempt.work for other in scheduler.queue.by_key[one.key]]
         if not scheduler._may(one):
             return
         for node in nodes:
@@ -295,7 +295,7 @@ class SchedulingMachine(RuleBasedStateMachine):
             loaded = memory.loaded.get(one.key)
             if loaded is None or loaded.ready is not None or one.key in memory.leaving:
                 continue
-            if any(loaded.differs(num_ctx) for num_ctx in asked):
+            if any(loaded.differs(work) for work in asked):
                 continue  # it is to be loaded anew
             if len(loaded.runs) < memory.slots(one.key, node.spec):
                 yield node

@@ -192,3 +192,13 @@ def test_whatever_the_bytes_are_a_request_has_a_size(body: bytes) -> None:
 def test_of_whatever_json_only_its_limits_are_taken(value: object, num_ctx: int | None) -> None:
     found = sized(messages=value, options={} if num_ctx is None else {"num_ctx": num_ctx})
     assert found.num_ctx == num_ctx
+
+
+@pytest.mark.parametrize("at_least", [False, True])
+@pytest.mark.parametrize("options", [False, True])
+def test_a_body_of_openai_asks_for_no_context(*, options: bool, at_least: bool) -> None:
+    body = json.dumps({"messages": "x" * 400, "options": {"num_ctx": 64}, "max_tokens": 5}).encode()
+    found = work(body, options=options, at_least=at_least)
+    assert (found.num_ctx, found.max_tokens) == (64 if options else None, 5)
+    assert found.prompt_tokens == (64 if options else len(body) // 4)
+    assert found.at_least is (options and at_least)
