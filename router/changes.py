@@ -1,10 +1,11 @@
 """What a reload changes, in words that hold no values."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel
 
+from router.core.types import PoolSpec
 from router.settings import Config
 
 
@@ -35,7 +36,7 @@ def changes(old: Config, new: Config) -> Changes:
         if key not in ("nodes", "pool_entries")
         for name in _differing(dict(old)[key], dict(new)[key], key)
     ]
-    if [pool.name for pool in old.pools] != [pool.name for pool in new.pools]:
+    if [_kind(pool) for pool in old.pools] != [_kind(pool) for pool in new.pools]:
         settings.append("pools")
     return Changes(
         added=tuple(url for url in after if url not in before),
@@ -44,6 +45,11 @@ def changes(old: Config, new: Config) -> Changes:
         settings=tuple(settings),
         restart=tuple(name for name in settings if name in ("listen", "admin.listen")),
     )
+
+
+def _kind(pool: PoolSpec) -> PoolSpec:
+    """All that is said of a pool but its nodes."""
+    return replace(pool, nodes=())
 
 
 def _differing(old: object, new: object, path: str) -> Iterator[str]:

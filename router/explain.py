@@ -67,7 +67,6 @@ def explain(pool: Pool, asked: Asked, now: float) -> Mapping[str, object]:
     refused = target if isinstance(target, Rejected) else pool.eligible(target)
     if isinstance(refused, Rejected) and refused.refusal in _MISTAKES:
         raise ClientError(*wording.refusal(_ROUTE, asked.model, refused))
-    policy = Policy.EXPECTED_DELAY if pool.schedules else Policy.LEAST_IN_FLIGHT
     model, weighed = asked.model, []
     if not isinstance(target, Rejected):
         assert target.model is not None  # a resolved name
@@ -76,6 +75,8 @@ def explain(pool: Pool, asked: Asked, now: float) -> Mapping[str, object]:
             at_least=pool.at_least,
         )  # fmt: skip
         model, weighed = target.model.key, [*pool.explain(target, work, now)]
+    waits = pool.schedules_at(weighed[0].node.url) if weighed else pool.schedules
+    policy = Policy.EXPECTED_DELAY if waits else Policy.LEAST_IN_FLIGHT
     reason = refused.refusal if isinstance(refused, Rejected) else Refusal.ALL_TRIED
     return {
         "model": model,

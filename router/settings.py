@@ -1,6 +1,7 @@
 """All that can be set: the sections of `router.yaml`, each with its defaults and its manual."""
 
 from collections.abc import Iterator
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -139,6 +140,19 @@ class PoolEntry(_Section):
 
     name: EntryName = Field(description="what metrics and logs call it")
     nodes: Nodes = Field(description="URLs, or mappings with a url")
+    policy: Annotated[Policy | None, Field(strict=False)] = Field(
+        None, description="how one of its nodes is chosen; default: routing.policy"
+    )
+    spill_after_s: Seconds | None = Field(
+        None,
+        description="who has waited for its nodes for so long may have the next pool's, too; "
+        "default: never",
+    )
+
+    @property
+    def spec(self) -> PoolSpec:
+        nodes = tuple(node.spec for node in self.nodes)
+        return PoolSpec(self.name, nodes, self.policy, self.spill_after_s or inf)
 
 
 class Admin(_Section):
@@ -438,10 +452,7 @@ class Config(_Section):
     def pools(self) -> tuple[PoolSpec, ...]:
         if self.nodes:
             return (PoolSpec("default", tuple(node.spec for node in self.nodes)),)
-        return tuple(
-            PoolSpec(pool.name, tuple(node.spec for node in pool.nodes))
-            for pool in self.pool_entries
-        )
+        return tuple(pool.spec for pool in self.pool_entries)
 
     @property
     def topology(self) -> Topology:

@@ -559,6 +559,26 @@ async def test_what_would_wait_is_told_for_which_node_and_how_long() -> None:
         assert told["verdict"] == "now"
 
 
+async def test_what_waiting_would_bring_is_told_of_later_pools() -> None:
+    async with rig(spec(model(), warm=(MODEL,)), spec()) as r:
+        first, second = ([one] for one in r.settings["nodes"])
+        pools = [
+            {"name": "a", "nodes": first, "policy": "expected-delay", "spill_after_s": 20},
+            {"name": "b", "nodes": second},
+        ]
+        others = {key: value for key, value in r.settings.items() if key != "nodes"}
+        r.app.reconfigure(parsed({**others, "pools": pools}))
+        await r.look()
+        _, told = await explained(r)
+        assert (told["policy"], told["node"], told["reason"]) == ("expected-delay", "n1", "warm")
+        assert told["nodes"][1]["barred"] == "of a later pool: may be had after 20 s"
+        await said(r, "/drain?node=n1")
+        _, told = await explained(r)
+        assert (told["policy"], told["node"], told["reason"]) == (
+            "least-in-flight", "n2", "later-pool",
+        )  # fmt: skip
+
+
 async def test_without_a_wait_to_tell_of_none_is_told() -> None:
     async with rig(spec(), spec(), breaker={"jitter": 0.0}) as r:
         _, told = await explained(r)

@@ -1,5 +1,7 @@
 """What a reload changes is told by names, never by values."""
 
+import pytest
+
 from router.changes import Changes, changes
 from tests.configs import NODES, read
 
@@ -48,3 +50,10 @@ def test_no_change_is_false_and_any_change_is_true() -> None:
 def test_a_renamed_node_is_changed_not_replaced() -> None:
     found = changes(read("nodes: [a]"), read("nodes: [{url: a, name: b}]"))
     assert found == Changes(changed=("http://a:11434",))
+
+
+@pytest.mark.parametrize("said", ["policy: expected-delay", "spill_after_s: 20"])
+def test_what_is_said_of_a_pool_is_a_setting(said: str) -> None:
+    pools = "pools: [{name: a, nodes: [b]%s}]"
+    found = changes(read(pools % ""), read(pools % f", {said}"))
+    assert found == Changes(settings=("pools",))

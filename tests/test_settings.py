@@ -2,6 +2,7 @@
 
 import textwrap
 from ipaddress import ip_network
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def test_the_topology_is_all_that_the_core_needs() -> None:
         pools:
           - name: h100
             nodes: [gpu-1, gpu-2]
+            policy: expected-delay
+            spill_after_s: 20
           - {name: overflow, nodes: [{url: "http://gpu-3", name: spare}]}
         aliases: {chat: "llama3:8b", code: "codellama:34b@spare"}
         probe: {up_after: 4, down_after: 5}
@@ -94,6 +97,10 @@ def test_the_topology_is_all_that_the_core_needs() -> None:
     assert [(pool.name, [n.name for n in pool.nodes]) for pool in topology.pools] == [
         ("h100", ["gpu-1:11434", "gpu-2:11434"]),
         ("overflow", ["spare"]),
+    ]
+    assert [(pool.policy, pool.spill_after_s) for pool in topology.pools] == [
+        (Policy.EXPECTED_DELAY, 20.0),
+        (None, inf),
     ]
     assert topology.aliases == {"chat": "llama3:8b", "code": "codellama:34b@spare"}
     assert (topology.policy, topology.up_after, topology.down_after) == (

@@ -282,3 +282,48 @@ async def test_the_operator_sees_which_slots_were_learned() -> None:
             [told] = (await shown.json())["nodes"]
         assert (told["slots"], told["slots_learned"]) == ("auto", {MODEL: 1})
         assert total(await scrape(r), "ollamux_node_model_slots", node="n1", model=MODEL) == 1
+
+
+# Several pools.
+
+
+def pools(r: Rig, *said: Mapping[str, Any]) -> None:
+    """Give each node a pool of its own, of which this is said."""
+    nodes, others = r.settings["nodes"], {k: v for k, v in r.settings.items() if k != "nodes"}
+    pairs = zip(nodes, said, strict=True)
+    found = [{"name": one["name"], "nodes": [one], **more} for one, more in pairs]
+    r.app.reconfigure(parsed({**others, "pools": found}))
+
+
+def where(answer: Answer) -> tuple[int, str | None, str | None]:
+    return answer.status, answer.header("X-Ollamux-Node"), answer.header("X-Ollamux-Reason")
+
+
+async def test_who_has_waited_long_enough_is_answered_by_the_next_pool() -> None:
+    async with rig(node(), node(), routing=WAITS) as r, asyncio.TaskGroup() as group:
+        pools(r, {"spill_after_s": 0.01}, {})
+        r.nodes[0].fault = Fault(K.HANG, times=1)
+        first = group.create_task(ask(r))
+        await r.until(lambda: r.nodes[0].held == 1)
+        assert where(await ask(r)) == (200, "n2", "later-pool")
+        r.nodes[0].release()
+        assert where(await first) == (200, "n1", "warm")
+        assert (waiting(r), r.app.pool.in_flight) == (0, 0)
+
+
+async def test_pools_have_policies_of_their_own() -> None:
+    async with rig(node(), node()) as r, asyncio.TaskGroup() as group:
+        pools(r, {"policy": "expected-delay", "spill_after_s": 0.01}, {})
+        await r.look()
+        for each in r.nodes:
+            each.fault = Fault(K.HANG, times=3)
+        first = group.create_task(ask(r))
+        await r.until(lambda: r.nodes[0].held == 1)
+        others = [group.create_task(ask(r)) for _ in range(3)]
+        await r.until(lambda: r.nodes[1].held == 3)
+        for each in r.nodes:
+            each.release()
+        assert where(await first) == (200, "n1", "warm")
+        assert {where(await one) for one in others} == {(200, "n2", "later-pool")}
+        assert [one.peak_in_flight for one in r.nodes] == [1, 3], "slots or not"
+        assert (waiting(r), r.app.pool.in_flight) == (0, 0)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import inf
 
 from router.core.breaker import Breaker, Ground
 from router.core.names import Name
@@ -56,17 +57,21 @@ class Node:
 
     `open`: new leases may be given, as far as probes and the operator say. `troubled`: models of
     which a breaker is not closed, or which were busy; None stands for the node itself.
+    `schedules`: requests wait for their turn here; `spill_s`: who has for so long may have nodes
+    of the next pool, too.
     """
 
     __slots__ = (
         "_listed", "_loaded", "answered", "breaker", "detail", "draining", "full_at", "health",
-        "in_flight", "open", "pool", "present", "release", "replicas", "resident", "seen", "signs",
-        "since", "spec", "troubled", "turn", "up", "used", "version",
+        "in_flight", "open", "pool", "present", "release", "replicas", "resident", "schedules",
+        "seen", "signs", "since", "spec", "spill_s", "troubled", "turn", "up", "used", "version",
     )  # fmt: skip
 
     def __init__(self, spec: NodeSpec, pool: str, now: float) -> None:
         self.spec = spec
         self.pool = pool
+        self.schedules = False
+        self.spill_s = inf
         self.health = Health.UNKNOWN
         self.up = False  # whether health says so: asked for every node by every request
         self.open = False

@@ -46,10 +46,12 @@ class Attempt(msgspec.Struct, frozen=True, eq=False):
 
 
 class Eligible(msgspec.Struct, frozen=True, eq=False):
-    """Nodes of one pool that may be asked now, and the reason that holds for any of them."""
+    """Nodes of one pool that may be asked now, and the reason that holds for any of them. `then`:
+    those of the next pool, for who has waited for these as long as this pool says."""
 
     nodes: Sequence[Node]
     reason: Reason
+    then: "Eligible | None" = None
 
 
 def eligible(
@@ -75,7 +77,10 @@ def _among(
         if kept_away:
             usable = [n for n in usable if n not in kept_away]
         if usable:
-            return Eligible(usable, _reason(place, usable))
+            then = None
+            if usable[0].spill_s < inf:
+                then = _among(pools[place + 1 :], model, tried, kept_away)
+            return Eligible(usable, _reason(place, usable), then)
     return None
 
 

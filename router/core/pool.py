@@ -1,6 +1,6 @@
 """The one owner of nodes and leases. Synchronous; told the time; returns what to do."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from math import inf
 
@@ -13,6 +13,7 @@ from router.core.memory import Loads
 from router.core.node import Node
 from router.core.policy import Attempt, Eligible, Target
 from router.core.rates import Speed, Waits
+from router.core.reach import Range, Reach
 from router.core.resolver import Resolver
 from router.core.retry import Budget
 from router.core.scheduler import Placed, Scheduler
@@ -28,6 +29,7 @@ from router.core.types import (
     Observation,
     Outcome,
     Policy,
+    PoolSpec,
     Reason,
     Refusal,
     Rejected,
@@ -113,31 +115,37 @@ class Pool:
     def reconfigure(self, topology: Topology, now: float) -> None:
         """Take a new configuration. A node whose url stays keeps its state."""
         self._topology = topology
-        self.schedules = topology.policy is Policy.EXPECTED_DELAY
         self._ground.rules = topology.resilience
         self._rules = Rules(topology)
         before = self._nodes | {node.spec.url: node for node in self._leaving}
         self._nodes = {}
         self._pools: list[list[Node]] = []
         for pool in topology.pools:
-            nodes = [self._kept(before, spec, pool.name, now) for spec in pool.nodes]
+            nodes = [self._kept(before, spec, pool, now) for spec in pool.nodes]
             self._pools.append(nodes)
             self._nodes |= {node.spec.url: node for node in nodes}
         self._leaving = [
             node for url, node in before.items() if url not in self._nodes and node.in_flight
         ]
+        ways = [node.schedules for node in self._nodes.values()]
+        self.schedules, self._lends = any(ways), not all(ways)
+        self._spills = any(node.spill_s < inf for node in self._nodes.values())
         self._again_at = 0.0
         self._resolver = Resolver(self._pools, self._rules, topology)
         self._scheduler.scores.keep([*self._nodes.values(), *self._leaving])
         self._touched.clear()
         self.revision += 1
 
-    @staticmethod
-    def _kept(before: Mapping[str, Node], spec: NodeSpec, pool: str, now: float) -> Node:
+    def _kept(self, before: Mapping[str, Node], spec: NodeSpec, pool: PoolSpec, now: float) -> Node:
         node = before.get(spec.url)
         if node is None:
-            return Node(spec, pool, now)
-        node.configure(spec, pool)
+            node = Node(spec, pool.name, now)
+        else:
+            node.configure(spec, pool.name)
+        node.schedules = (pool.policy or self._topology.policy) is Policy.EXPECTED_DELAY
+        node.spill_s = pool.spill_after_s if node.schedules else inf
+        if not node.schedules:
+            self._scheduler.scores.lost(node)
         return node
 
     # What a request goes through.
@@ -249,9 +257,10 @@ class Pool:
         found, model = self._eligible(attempt, now), target.model
         best: Sequence[Weighed] = ()
         if isinstance(found, Eligible):
-            if self.schedules and model is not None and not model.cloud:
+            if found.nodes[0].schedules and model is not None and not model.cloud:
                 nodes_of = self._nodes_of(now)
                 best = self._scheduler.weigh(attempt, model.key, found.nodes, nodes_of, now)
+                best = [*best, *_after(nodes_of.of(attempt))]
             else:
                 nodes = policy.order(found.nodes, self._ground.rules, now)
                 best = [Weighed(n.spec, reason=found.reason, now=True) for n in nodes]
@@ -271,7 +280,7 @@ class Pool:
             paid = self._is_open(attempt.answered, target, now)
             if paid and not self._budget.take(len(self._leases), self._ground.rules, now):
                 return Rejected(Refusal.BUDGET)
-        if self.schedules and target.model is not None and not target.model.cloud:
+        if found.nodes[0].schedules and target.model is not None and not target.model.cloud:
             return self._schedule(attempt, target.model.key, now, paid=paid)
         node = policy.pick(found.nodes, self._ground.rules, now)
         return self._lease(attempt, node, found.reason, now, paid=paid)
@@ -284,7 +293,7 @@ class Pool:
         found = policy.eligible(pools, target, attempt.tried, self._ground.rules, now)
         if attempt.met and not isinstance(found, Rejected):
             others = [node for node in found.nodes if node.spec.url not in attempt.met]
-            return Eligible(others or found.nodes, found.reason)
+            return Eligible(others or found.nodes, found.reason, found.then)
         return found
 
     def _lease(
@@ -308,6 +317,10 @@ class Pool:
 
     # Those that wait.
 
+    def schedules_at(self, url: str) -> bool:
+        """Whether requests wait for their turn at this node."""
+        return self._nodes[url].schedules
+
     @property
     def at_least(self) -> bool:
         """Whether contexts that requests ask for are raised to those of loaded models."""
@@ -329,37 +342,30 @@ class Pool:
             return Rejected(Refusal.FULL if full else Refusal.CROWDED)
         if paid:
             self._paid.add(attempt)
-        found = self._scheduler.submit(attempt, key, self._nodes_of(now), now)
+        nodes_of = self._nodes_of(now)
+        found = self._scheduler.submit(attempt, key, nodes_of, now)
         if isinstance(found, Placed):
-            return self._placed(found, now)
-        if work.deadline < now + found.expected_s < inf:
+            return self._placed(found, nodes_of, now)
+        expected_s = found.expected_s
+        if expected_s < inf:  # else there may be room at any moment
+            expected_s = min(expected_s, nodes_of.spills_s(attempt))
+        if work.deadline < now + expected_s < inf:
             self.leave(attempt, Outcome(told=False), now)
-            return Rejected(Refusal.LATE, after_s=found.expected_s)
+            return Rejected(Refusal.LATE, after_s=expected_s)
         self._came.add(key)
-        return Queued(attempt, found.expected_s)
+        return Queued(attempt, expected_s)
 
-    def _placed(self, found: Placed, now: float) -> Lease:
+    def _placed(self, found: Placed, nodes_of: Reach, now: float) -> Lease:
         paid = found.attempt in self._paid
         self._paid.discard(found.attempt)
-        return self._lease(found.attempt, found.node, found.reason, now, paid=paid, placed=found)
+        attempt, node, reason = found.attempt, found.node, found.reason
+        if self._spills and nodes_of.spilled(attempt, node):
+            reason = Reason.LATER_POOL
+        return self._lease(attempt, node, reason, now, paid=paid, placed=found)
 
-    def _nodes_of(self, now: float) -> Callable[[Attempt], Sequence[Node]]:
-        """The nodes that may be asked for each of those that wait: worked out once for those that
-        ask for the same."""
-        known: dict[object, Sequence[Node]] = {}
-
-        def nodes_of(attempt: Attempt) -> Sequence[Node]:
-            target = attempt.target
-            model = None if target.model is None else target.model.key
-            asks = (model, target.pin, target.scope, target.bounds)
-            same = (asks, frozenset(attempt.tried), frozenset(attempt.met), attempt.digest)
-            nodes = known.get(same)
-            if nodes is None:
-                found = self._eligible(attempt, now)
-                nodes = known[same] = () if isinstance(found, Rejected) else found.nodes
-            return nodes
-
-        return nodes_of
+    def _nodes_of(self, now: float) -> Reach:
+        """The nodes that may be asked for each of those that wait."""
+        return Reach(lambda one: self._eligible(one, now), self._scheduler.queue.since, now)
 
     def granted(self, now: float) -> Sequence[Lease]:
         """Those that wait no longer. To be asked whenever the pool was told something."""
@@ -373,10 +379,31 @@ class Pool:
         elif not touched and not came:
             return ()
         where = None if everywhere else touched
-        placed = self._scheduler.pass_(self._nodes_of(now), now, where, came)
+        nodes_of = self._nodes_of(now)
+        placed = self._scheduler.pass_(nodes_of, now, where, came)
+        given = [self._placed(found, nodes_of, now) for found in placed]
+        if everywhere and self._lends:
+            given += self._outright(nodes_of, now)
         if self._scheduler.spared:
             self._again_at = 0.0
-        return [self._placed(found, now) for found in placed]
+        return given
+
+    def _outright(self, nodes_of: Reach, now: float) -> Iterator[Lease]:
+        """Those that still wait, and may have a node where nobody waits for a turn, get it."""
+        spared = self._scheduler.spared
+        for one in [*self._scheduler.queue]:
+            attempt, reach = one.attempt, nodes_of.now(one.attempt)
+            nodes = [node for node in reach.outright if node not in spared]
+            if not nodes:
+                continue
+            node = policy.pick(nodes, self._ground.rules, now)
+            paid = attempt in self._paid
+            self._paid.discard(attempt)
+            self._scheduler.let_go(one)
+            self._again_at = 0.0  # others may have waited for its sake
+            yield self._lease(attempt, node, reach.reason, now, paid=paid)
+            if node.troubled:
+                spared.add(node)
 
     def began(self, attempt: Attempt, now: float) -> str:
         """The first record of its answer is there. Gives the url of the node, if it has loaded
@@ -512,7 +539,7 @@ class Pool:
             return ()
         if node.learn(seen):
             self.revision += 1
-        if seen.resident is not None and self.schedules:
+        if seen.resident is not None and node.schedules:
             self._scheduler.scores.see(node, now, seen.wall)
             self._touched.add(node)
         if seen.sign is None:
@@ -605,6 +632,17 @@ class Pool:
             resident=node.resident,
             slots=slots,
         )
+
+
+def _after(known: Sequence[Range]) -> Iterator[Weighed]:
+    """The nodes of later pools, with how long a request waits before it may have them."""
+    before = {*known[0].nodes}
+    for reach in known[1:]:
+        nodes = [node for node in (*reach.nodes, *reach.outright) if node not in before]
+        before.update(nodes)
+        for node in nodes:
+            barred = f"of a later pool: may be had after {reach.after_s:g} s"
+            yield Weighed(node.spec, barred, later=True)
 
 
 def _barred(node: Node, target: Target, now: float) -> Weighed:

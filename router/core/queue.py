@@ -86,6 +86,11 @@ class Queue:
         found = self._flows.get(name)
         return 0 if found is None else found.waiting
 
+    def since(self, attempt: Attempt, now: float) -> float:
+        """Since when it waits; one that does not would wait from now on."""
+        one = self._of.get(attempt)
+        return now if one is None else one.since
+
     def _forget(self, now: float) -> None:
         """Look at the two that were looked at longest ago."""
         for first in [*islice(self._flows.values(), 2)]:

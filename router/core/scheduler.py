@@ -121,8 +121,14 @@ class Scheduler:
         if node.spec.auto:
             memory.learned(key).freed(now)
         memory.end(attempt, key, now, good=good)
-        if not node.up:
+        if not (node.up and node.schedules):
             memory.forget()
+
+    def let_go(self, one: Waiting) -> None:
+        """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
+        self.queue.pop(one.attempt)
+        if one.key not in self.queue.by_key:
+            self._release()
 
     def learn(self, node: Node, key: str, flow: str, told: Usage, ahead: int, now: float) -> None:
         """Take what the final record of an answer told, that had so many before it."""

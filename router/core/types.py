@@ -4,6 +4,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf
 
 import msgspec
 
@@ -55,14 +56,6 @@ class NodeSpec:
         object.__setattr__(self, "authority", authority)
 
 
-@dataclass(frozen=True, slots=True)
-class PoolSpec:
-    """Nodes that can stand in for each other."""
-
-    name: str
-    nodes: tuple[NodeSpec, ...]
-
-
 class Wish(enum.StrEnum):
     """How much a placement means."""
 
@@ -105,6 +98,17 @@ class NumCtx(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Nodes that can stand in for each other. `policy`: None for that of all pools.
+    `spill_after_s`: who has waited for them for so long may have those of the next pool, too."""
+
+    name: str
+    nodes: tuple[NodeSpec, ...]
+    policy: Policy | None = None
+    spill_after_s: float = inf
+
+
+@dataclass(frozen=True, slots=True)
 class Resilience:
     """When traffic is kept away from what fails, for how long, and how often it is tried again.
 
@@ -135,7 +139,7 @@ class Resilience:
 @dataclass(frozen=True, slots=True)
 class Topology:
     """All that the core needs of a configuration. Pools are tried in their order, and so are the
-    models that an alias stands for."""
+    models that an alias stands for. `policy`: of pools that have none of their own."""
 
     pools: tuple[PoolSpec, ...]
     aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)

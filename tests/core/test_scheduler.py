@@ -816,7 +816,7 @@ def test_those_that_wait_are_served_when_the_policy_changes() -> None:
     yard.ask("x2")
     yard.pool.reconfigure(yard.topology(Policy.LEAST_IN_FLIGHT), yard.now)
     assert yard.ask("x3") == "a only-node"
-    assert yard.end("x1") == {"x2": "a warm"}
+    assert yard.settle() == {"x2": "a only-node"}
     assert yard.pool.waiting == 0
 
 

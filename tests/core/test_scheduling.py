@@ -58,10 +58,14 @@ def topologies(draw: st.DrawFn, *, least: int = 0) -> Topology:
         )
         for name, url in zip(NAMES, urls, strict=False)
     ]  # fmt: skip
-    cut = draw(st.sampled_from([3, 3, 1]))
+    first, second = draw(st.sampled_from([(3, 3), (3, 3), (1, 3), (1, 2)]))
     pools = [
-        PoolSpec(f"pool-{i}", tuple(part)) for i, part in enumerate([specs[:cut], specs[cut:]])
-    ]
+        PoolSpec(
+            f"pool-{i}", tuple(part), draw(st.sampled_from([None, None, *Policy])),
+            draw(st.sampled_from([inf, 1.0, 10.0])),
+        )
+        for i, part in enumerate([specs[:first], specs[first:second], specs[second:]])
+    ]  # fmt: skip
     return Topology(tuple(pools), policy=Policy.EXPECTED_DELAY, up_after=1, down_after=1)
 
 
@@ -91,6 +95,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         self.now = 1000.0
         self.specs: dict[str, NodeSpec] = {}
         self.leases: dict[Attempt, Lease] = {}
+        self.outright: set[Attempt] = set()  # those that went where nobody waits for a turn
         self.begun: set[Attempt] = set()
         self.waiting: dict[Attempt, float] = {}
         self.pool = Pool(topology, self.now)
@@ -107,7 +112,7 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     def on(self, url: str, key: str) -> int:
         return sum(
-            lease.node.url == url and key_of(attempt) == key
+            lease.node.url == url and key_of(attempt) == key and attempt not in self.outright
             for attempt, lease in self.leases.items()
         )
 
@@ -143,14 +148,17 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     def leased(self, lease: Lease) -> None:
         attempt, url, key = lease.attempt, lease.node.url, key_of(lease.attempt)
-        before = self.on(url, key)
+        self.leases[attempt] = lease
+        assert self.nodes[url].open
+        if not self.nodes[url].schedules:
+            self.outright.add(attempt)
+            return
+        before = self.on(url, key) - 1
         assert lease.ahead == before
         memory = self.pool._scheduler.scores.memory(self.nodes[url])
         spec = self.specs[url]
         most = memory.learned(key).sure + 1 if spec.auto else spec.slots
         assert before < most, "slots hold"
-        assert self.nodes[url].open
-        self.leases[attempt] = lease
 
     def settle(self) -> None:
         """At once those get a node that what has happened is for; after a while, all others."""
@@ -191,6 +199,7 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     def ended(self, attempt: Attempt, outcome: Outcome, waited_s: float = 0.0) -> None:
         lease = self.leases.pop(attempt)
+        self.outright.discard(attempt)
         self.begun.discard(attempt)
         self.pool.leave(attempt, outcome, self.now)
         if outcome.failure is None and outcome.told:
@@ -259,14 +268,14 @@ class SchedulingMachine(RuleBasedStateMachine):
         assert self.pool.waiting == len(self.waiting) == len(queue)
         assert self.pool.in_flight == len(self.leases)
         assert {one.attempt for one in queue} == set(self.waiting)
-        assert set(scheduler._went) == set(self.leases)
+        assert set(scheduler._went) == set(self.leases) - self.outright
         assert self.pool._paid <= set(self.waiting)
         paid = sum(held.paid for held in self.pool._leases.values())
         assert self.pool._budget.running == paid + len(self.pool._paid)
         flows = queue._flows.values()
         waits = Counter(attempt.work.flow for attempt in self.waiting)
         assert {flow.name: flow.waiting for flow in flows if flow.waiting} == waits
-        held = Counter((one.work.flow, key_of(one)) for one in self.leases)
+        held = Counter((one.work.flow, key_of(one)) for one in scheduler._went)
         assert {(f.name, key): n for f in flows for key, n in f.held.items()} == held
 
     @invariant()
@@ -274,7 +283,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         for node, memory in self.pool._scheduler.scores.memories.items():
             known = {run for one in memory.loaded.values() for run in one.runs}
             held = {one for one, lease in self.leases.items() if lease.node.url == node.spec.url}
-            assert known == held
+            assert known == held - self.outright
             assert memory.loading is None or memory.loaded[memory.loading.key] is memory.loading
 
     @invariant()
@@ -282,6 +291,11 @@ class SchedulingMachine(RuleBasedStateMachine):
         for one in list(self.pool._scheduler.queue):
             for node in self.free_for(one):
                 assert self.is_better_elsewhere(one, node)
+
+    @invariant()
+    def nobody_waits_who_may_go_where_nobody_does(self) -> None:
+        nodes_of = self.pool._nodes_of(self.now)
+        assert not any(nodes_of.now(attempt).outright for attempt in self.waiting)
 
     def free_for(self, one: Waiting) -> Iterable[Node]:
         """The nodes that could answer it now, as far as anybody can see from outside."""
