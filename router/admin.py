@@ -169,6 +169,10 @@ class Admin:
             },
             "nodes": [_node(node, now) for node in nodes],
             "models": _models(nodes),
+            "warm": {
+                one.model: {"wanted": one.wanted, "loaded": len(one.nodes), "nodes": one.nodes}
+                for one in self.pool.kept()
+            },
             "digest_conflicts": [
                 {"model": model, "digests": digests}
                 for model, digests in self.pool.conflicts().items()

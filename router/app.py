@@ -56,6 +56,7 @@ from router.relay import Limits
 from router.settings import Config
 from router.settings import Manage as ManageEntry
 from router.upstream import Upstream
+from router.warmer import Warmer
 
 # How long what is left at the end of a drain has to notice that it was cut.
 _CUT_S = 0.1
@@ -98,7 +99,7 @@ class App:
         self._conflicts = self.pool.conflicts()
         self.refusals: Counter[str] = Counter({cause.value: 0 for cause in Cause})
         self.metrics = Metrics(
-            self.pool.snapshot, self.pool.queued, self.refusals, self.pool.learned
+            self.pool.snapshot, self.pool.queued, self.refusals, self.pool.learned, self.pool.kept
         )
         instance = secrets.token_hex(16)
         self._upstream = Upstream(connect_s=config.timeouts.connect_s)
@@ -144,6 +145,15 @@ class App:
             instance=instance,
             on_flip=self._flipped,
             on_seen=self._seen,
+            clock=clock,
+        )
+        self.warmer = Warmer(
+            dispatch=self._means.dispatch,
+            upstream=self._upstream,
+            waits=config.timeouts.waits,
+            via=via,
+            look=self._look_for_warm,
+            log=self.log,
             clock=clock,
         )
         token = config.admin.token
@@ -236,6 +246,7 @@ class App:
     async def hand_over(self) -> None:
         """Another process serves at these addresses: no new connections here, and every answer
         is the last of its connection."""
+        self.warmer.stop()
         for front in self._fronts:
             front.server.closing = True
             await front.stop()
@@ -251,6 +262,7 @@ class App:
 
         Open connections are not waited for: nobody else serves who comes instead.
         """
+        self.warmer.stop()
         self._admin.draining = True
         self._server.closing = True
         await self._fronts[0].stop()
@@ -289,6 +301,7 @@ class App:
         self._means.keep.reconfigure(config.limits.max_buffered_bytes)
         self._gate.manage.fanout.settings = _manage_settings(config)
         self.prober.reconfigure(_probe_settings(config))
+        self.warmer.reconfigure(config.timeouts.waits)
         token = config.admin.token
         self._admin.token = None if token is None else token.get_secret_value()
         self.state.generation += 1
@@ -326,6 +339,9 @@ class App:
         if "ps" in await self.prober.look(node, ("ps",)):
             self.pool.saw(node.url, used)
 
+    async def _look_for_warm(self, node: NodeSpec) -> None:
+        await self.prober.look(node, ("ps",))
+
     def _failed(self, node: NodeSpec, failure: Failure) -> None:
         """Look at a node again at once where a request has met what probes should know of."""
         if failure.kind in _LOOK_AGAIN:
@@ -343,6 +359,7 @@ class App:
 
     def _flipped(self, flip: Flip) -> None:
         self._doubt(flip)
+        self.warmer.stir()
         if flip.now in (Health.UP, Ejection.CLOSED):
             self._means.dispatch.stir()
         if isinstance(flip.now, Ejection):
@@ -359,11 +376,13 @@ class App:
         event = "node drained" if node.draining else "node undrained"
         self.log.info(event, node=node.spec.name, in_flight=node.in_flight)
         self._means.dispatch.stir()
+        self.warmer.stir()
 
     def _seen(self) -> None:
         """Give nodes to those that wait, as a look may have shown room; tell of each name that has
         come to stand for several digests."""
         self._means.dispatch.settle()
+        self.warmer.stir()
         before, now = self._conflicts, self.pool.conflicts()
         if now is before:
             return

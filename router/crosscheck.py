@@ -50,6 +50,7 @@ def check(document: Document, value: dict[str, object]) -> None:
     _check_primary(document, nodes)
     _check_listeners(document, nodes, list(_listeners(value)))
     _check_aliases(document, nodes, _mapping(value.get("aliases")))
+    _check_warm(document, value)
     _check_placements(document, nodes, value)
 
 
@@ -184,6 +185,23 @@ def _check_aliases(document: Document, nodes: list[_Seen], aliases: dict[str, ob
             wrong = isinstance(target, str) and _wrong_target(target, _key(alias), first, nodes)
             if wrong:
                 document.refuse(where, wrong)
+
+
+def _check_warm(document: Document, value: dict[str, object]) -> None:
+    aliases = {_key(alias) for alias in _mapping(value.get("aliases"))}
+    first: dict[str, str] = {}
+    for name in _mapping(_mapping(value.get("routing")).get("warm")):
+        key, wrong = _key(name), ""
+        if key is None:
+            wrong = "this is no model name"
+        elif names.parse(name).cloud:
+            wrong = "a cloud model is in no node's memory"
+        elif key in aliases:
+            wrong = "this is an alias: name the model"
+        elif first.setdefault(key, name) != name:
+            wrong = "this model stands twice: keep one"
+        if wrong:
+            document.refuse_key(("routing", "warm", name), wrong)
 
 
 def _check_placements(document: Document, nodes: list[_Seen], value: dict[str, object]) -> None:

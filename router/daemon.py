@@ -84,7 +84,8 @@ class Daemon:
 
     def _jobs(self) -> list[Callable[[], Coroutine[None, None, None]]]:
         jobs = [
-            self._app.prober.run, self._begin, self._obey, self._notifier.feed_watchdog,
+            self._app.prober.run, self._app.warmer.run, self._begin, self._obey,
+            self._notifier.feed_watchdog,
         ]  # fmt: skip
         return [*jobs, self._follow] if self._path is not None else jobs
 

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from router import __version__
 from router.core.bounds import conflicts
 from router.core.pool import Learned, Queued
-from router.core.types import Flip, NodeView
+from router.core.types import Flip, Kept, NodeView
 from router.tally import SECONDS, Tally
 
 # A pool whose nodes agree on nothing shall not become as many series as it has models.
@@ -31,7 +31,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 class Metrics:
     """What ollamux exports. `nodes` gives the pool's snapshot at each scrape, `queued` how many
-    wait, by priority, `learned` what nodes have shown; `refusals` are counts by cause."""
+    wait, by priority, `learned` what nodes have shown, `kept` what is kept in memory; `refusals`
+    are counts by cause."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Metrics:
         queued: Callable[[], Mapping[str, int]],
         refusals: Mapping[str, int],
         learned: Callable[[], Sequence[Learned]],
+        kept: Callable[[], Sequence[Kept]] = lambda: (),
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second gauge for every counter, which nobody asked for
         self.registry = CollectorRegistry()
@@ -51,6 +53,7 @@ class Metrics:
         self.registry.register(_Counts(refused, lambda: refusals))
         self.registry.register(_Counts(depth, queued))
         self.registry.register(_Learned(learned))
+        self.registry.register(_Kept(kept))
         self.requests = Tally()
         self.registry.register(self.requests)
         self._node_metrics()
@@ -194,6 +197,25 @@ def _loads(learned: Sequence[Learned]) -> Iterable[Metric]:
             again.add_metric([one.node, "external"], one.loads.external)
             evicted.add_metric([one.node], one.loads.evicted)
     return cold, again, evicted
+
+
+class _Kept(Collector):
+    """Which models are to be in memory, and how many of them are."""
+
+    def __init__(self, kept: Callable[[], Sequence[Kept]]) -> None:
+        self._kept = kept
+
+    def collect(self) -> Iterable[Metric]:
+        replicas = _gauge(
+            "warm_replicas",
+            "Replicas that are to stay in memory, by routing.warm.",
+            "model",
+            "state",
+        )
+        for one in self._kept():
+            replicas.add_metric([one.model, "wanted"], one.wanted)
+            replicas.add_metric([one.model, "loaded"], len(one.nodes))
+        return [replicas]
 
 
 class _Nodes(Collector):

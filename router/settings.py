@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from router.core import names
 from router.core.rates import Waits
 from router.core.types import (
     Digest,
@@ -195,6 +196,9 @@ class Routing(_Section):
     )
     flow_header: HeaderName | None = Field(
         None, description="names whose a request is, from trusted addresses; default: the address"
+    )
+    warm: dict[str, Number] = Field(
+        {}, description="model: how many replicas of it are kept in memory"
     )
 
 
@@ -463,6 +467,7 @@ class Config(_Section):
             policy=self.routing.policy,
             digest=self.routing.digest,
             num_ctx=self.routing.num_ctx,
+            warm={names.parse(name).key: count for name, count in self.routing.warm.items()},
             up_after=self.probe.up_after,
             down_after=self.probe.down_after,
             resilience=Resilience(**self.breaker.model_dump(), **self.retry.model_dump()),

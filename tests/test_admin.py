@@ -104,7 +104,8 @@ async def test_status_shows_nodes_models_and_configuration() -> None:
             assert answer.headers["Content-Type"] == "application/json"
             shown = json.loads(await answer.read())
         assert list(shown) == [
-            "version", "draining", "in_flight", "config", "nodes", "models", "digest_conflicts"
+            "version", "draining", "in_flight", "config", "nodes", "models", "warm",
+            "digest_conflicts",
         ]  # fmt: skip
         assert (shown["version"], shown["draining"], shown["in_flight"]) == (__version__, False, 0)
         config = shown["config"]
@@ -124,6 +125,7 @@ async def test_status_shows_nodes_models_and_configuration() -> None:
             MODEL: {"nodes": ["n1", "n2"], "resident": []},
             "other:latest": {"nodes": ["n1"], "resident": ["n1"]},
         }
+        assert shown["warm"] == {}
         assert shown["digest_conflicts"] == []
 
 

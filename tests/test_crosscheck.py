@@ -72,6 +72,20 @@ def test_a_contradiction_between_nodes_is_told_once(entry: str, expected: str) -
         ),
         ("aliases: {a: 'x@gpu-9'}", "2:14: aliases.a: this pins a node that is not configured"),
         ("aliases: {a: '${TOKEN}/'}", f"2:14: aliases.a: {MODEL}"),
+        ("routing: {warm: {a/b/c/d: 1}}", "2:18: routing.warm.a/b/c/d: this is no model name"),
+        ("routing: {warm: {'x@gpu-1': 1}}", "2:18: routing.warm.x@gpu-1: this is no model name"),
+        (
+            "routing: {warm: {x: 1, 'X:latest': 2}}",
+            "2:24: routing.warm.X:latest: this model stands twice: keep one",
+        ),
+        (
+            "routing: {warm: {'x:cloud': 1}}",
+            "2:18: routing.warm.x:cloud: a cloud model is in no node's memory",
+        ),
+        (
+            "routing: {warm: {A: 1}}\naliases: {a: x}",
+            "2:18: routing.warm.A: this is an alias: name the model",
+        ),
     ],
 )
 def test_a_contradiction_between_settings_is_told_once(text: str, expected: str) -> None:

@@ -72,6 +72,7 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_node_model_ejected": ("gauge", {"node", "model"}),
     "ollamux_breaker_flips": ("counter", {"node", "scope", "to"}),
     "ollamux_queue_depth": ("gauge", {"priority"}),
+    "ollamux_warm_replicas": ("gauge", {"model", "state"}),
     "ollamux_queue_wait_seconds": ("histogram", {"priority"}),
     "ollamux_queue_expected_wait_seconds": ("histogram", {"priority"}),
     "ollamux_node_model_prefill_tokens_per_second": ("gauge", set()),  # nothing of these either
@@ -101,7 +102,9 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
 async def test_every_family_has_its_name_its_type_and_its_labels() -> None:
     odd = (model("odd", digest=letter * 64) for letter in "ab")
     first = spec(model(load_s=0.15), next(odd))
-    async with rig(first, spec(next(odd)), breaker={"answers": 1}) as r:
+    async with rig(
+        first, spec(next(odd)), breaker={"answers": 1}, routing={"warm": {"phi": 1}}
+    ) as r:
         r.app.metrics.reloads.labels("ok").inc()
         await r.nodes[0].refuse()
         await chat(r)

@@ -92,7 +92,7 @@ def test_the_topology_is_all_that_the_core_needs() -> None:
           - {name: overflow, nodes: [{url: "http://gpu-3", name: spare}]}
         aliases: {chat: "llama3:8b", code: "codellama:34b@spare"}
         probe: {up_after: 4, down_after: 5}
-        routing: {policy: least-in-flight}
+        routing: {policy: least-in-flight, warm: {llama3: 2, "Phi:3B": 0}}
     """).topology
     assert [(pool.name, [n.name for n in pool.nodes]) for pool in topology.pools] == [
         ("h100", ["gpu-1:11434", "gpu-2:11434"]),
@@ -103,6 +103,7 @@ def test_the_topology_is_all_that_the_core_needs() -> None:
         (None, inf),
     ]
     assert topology.aliases == {"chat": "llama3:8b", "code": "codellama:34b@spare"}
+    assert topology.warm == {"llama3:latest": 2, "phi:3b": 0}
     assert (topology.policy, topology.up_after, topology.down_after) == (
         Policy.LEAST_IN_FLIGHT,
         4,
@@ -320,6 +321,8 @@ def test_a_mistake_in_a_node_is_told_once(entry: str, expected: str) -> None:
             "routing: {policy: random}",
             "2:19: routing.policy: accepted: 'least-in-flight' or 'expected-delay', found 'random'",
         ),
+        ("routing: {warm: [x]}", f"2:17: routing.warm: {MAPPING}"),
+        ("routing: {warm: {x: -1}}", "2:21: routing.warm.x: at least 0 is expected, found -1"),
         ("timeouts: {total_s: 5}", f"2:12: timeouts.total_s: unknown key; {TIMEOUT_KEYS}"),
         (
             "timeouts: {models: {'llama3*': {first_bite_s: 5}}}",

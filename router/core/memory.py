@@ -16,7 +16,7 @@ from router.core.types import UNTOLD_BYTES, Model, NodeSpec
 from router.core.work import Work
 
 _KEEP_ALIVE_S = 300.0
-_DISK_TO_MEMORY = 1.2
+DISK_TO_MEMORY = 1.2
 _AT_LEAST = 0.3  # of what is expected of an answer is always left
 _LESS = 0.999  # of what did not fit
 _PER_GPU = 3  # models that Ollama keeps, unless it is told otherwise
@@ -249,7 +249,7 @@ class Memory:
     def need_bytes(self, key: str, disk_bytes: float) -> float:
         """How much memory a model takes: as it was seen, or as it is likely by its size on
         disk."""
-        growth = self.growth or _DISK_TO_MEMORY
+        growth = self.growth or DISK_TO_MEMORY
         return self.sizes.get(key) or growth * (disk_bytes or UNTOLD_BYTES)
 
     def victims(

@@ -10,6 +10,7 @@ from router.core import policy, sizing
 from router.core.bounds import Conflicts, Rules, conflicts
 from router.core.breaker import Ground, Roll
 from router.core.memory import Loads
+from router.core.names import Name
 from router.core.node import Node
 from router.core.policy import Attempt, Eligible, Target
 from router.core.rates import Speed, Waits
@@ -21,6 +22,7 @@ from router.core.types import (
     FailureKind,
     Flip,
     Health,
+    Kept,
     Model,
     Need,
     NodeSpec,
@@ -39,6 +41,7 @@ from router.core.types import (
     Weighed,
 )
 from router.core.usage import Usage
+from router.core.warm import Costs, Step, Warm, bytes_lost, homes, resident
 from router.core.work import Priority, Work
 
 _NO_NEED = Need.NONE
@@ -74,6 +77,17 @@ class Learned(msgspec.Struct, frozen=True, eq=False):
     loads: Loads | None
 
 
+class Warming(msgspec.Struct, frozen=True, eq=False):
+    """A model that a node is to be asked for so that it stays in memory, or gets there (`loads`).
+    `name`: as the node spells it; `num_ctx`: the context that it has there, where that is told."""
+
+    lease: Lease
+    key: str
+    name: str
+    loads: bool
+    num_ctx: int | None = None
+
+
 class _Held(msgspec.Struct, frozen=True, eq=False):
     """Where a lease is counted. `turn`: how many leases had been given with it; `paid`: it takes
     from the budget of retries; `scheduled`: the scheduler has placed it."""
@@ -99,6 +113,8 @@ class Pool:
         self._ground = Ground(topology.resilience, roll)
         self._budget = Budget()
         self._scheduler = Scheduler()
+        self._warm = Warm()
+        self._preloads: set[Attempt] = set()
         self._paid: set[Attempt] = set()  # of those that wait
         self._touched: set[Node] = set()  # where something has happened since they were looked at
         self._came: set[str] = set()  # models that somebody waits for since then
@@ -133,6 +149,8 @@ class Pool:
         self._again_at = 0.0
         self._resolver = Resolver(self._pools, self._rules, topology)
         self._scheduler.scores.keep([*self._nodes.values(), *self._leaving])
+        self._scheduler.scores.warm = topology.warm
+        self._warm.configure(topology.warm, self._nodes)
         self._touched.clear()
         self.revision += 1
 
@@ -437,10 +455,12 @@ class Pool:
                 self._budget.give()
             return ()
         node, failure = held.node, outcome.failure
+        good = failure is None and outcome.told
         if held.scheduled:
-            good = failure is None and outcome.told
             self._scheduler.leave(attempt, node, held.key, now, good=good)
             self._touched.add(node)
+        elif self._preloads and attempt in self._preloads:
+            self._preloaded(attempt, node, held.key, now, good=good)
         if held.paid:
             self._budget.give()
         flips = node.leave(held.key, held.turn, outcome, self._ground, now)
@@ -455,6 +475,59 @@ class Pool:
         if failure.kind is FailureKind.REFUSED:
             return [*flips, *self._feel(node, Sign.REFUSED, failure.detail, now)]
         return flips
+
+    # What is kept in memory.
+
+    def warmings(self, now: float) -> Sequence[Warming]:
+        """What nodes are to be asked for now, so that models stay in memory. Each is leased, and
+        leaves as all do."""
+        found = []
+        while (step := self._warm.step(self._homes, self._preload_cost(now), now)) is not None:
+            found.append(self._warming(step, now))
+        return found
+
+    @property
+    def warm_at(self) -> float:
+        """When `warmings` has something new to tell, if nothing happens before."""
+        return self._warm.next_at
+
+    def kept(self) -> Sequence[Kept]:
+        """Which models are kept in memory, and where they are."""
+        return self._warm.kept(self._homes)
+
+    def _homes(self, key: str) -> Sequence[Sequence[Node]]:
+        return homes(self._pools, self._rules, key)
+
+    def _preload_cost(self, now: float) -> Costs:
+        scores, wanted = self._scheduler.scores, self._topology.warm
+        return lambda node, key: (
+            scores.preload_s(node, key, now) if node.schedules else bytes_lost(node, key, wanted)
+        )
+
+    def _warming(self, step: Step, now: float) -> Warming:
+        node, key = step.node, step.key
+        listed = node.present[key].entry.get("name")
+        name = listed if isinstance(listed, str) else key
+        attempt = Attempt(Target(Name(name, key), sent=name))
+        self._warm.begun(step, now)
+        there = resident(node, key)
+        if step.loads:
+            self._preloads.add(attempt)
+            if node.schedules:
+                self._scheduler.scores.preload(attempt, node, key, now)
+        reason = Reason.LOAD if step.loads else Reason.WARM
+        lease = self._lease(attempt, node, reason, now, paid=False)
+        num_ctx = None if there is None else there.context
+        return Warming(lease, key, name, step.loads, num_ctx)
+
+    def _preloaded(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
+        self._preloads.discard(attempt)
+        memory = self._scheduler.scores.memory(node)
+        memory.end(attempt, key, now, good=good)
+        if not node.up:
+            memory.forget()
+        self._touched.add(node)
+        self._warm.ended(node, key, now)
 
     def forgive(self, url: str, target: Target) -> None:
         """What a node failed to answer, another one has failed to answer alike."""
@@ -542,6 +615,8 @@ class Pool:
         if seen.resident is not None and node.schedules:
             self._scheduler.scores.see(node, now, seen.wall)
             self._touched.add(node)
+        if seen.resident is not None and seen.wall:
+            self._warm.see(node, now, seen.wall)
         if seen.sign is None:
             return ()
         return self._feel(node, seen.sign, seen.detail, now)

@@ -10,7 +10,7 @@ import msgspec
 
 from router.core.demand import Demand
 from router.core.estimate import Cost, Lengths, cost, pace
-from router.core.memory import Loaded, Memory
+from router.core.memory import Loaded, Memory, Run
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.prefix import BLOCK_TOKENS
@@ -25,6 +25,7 @@ _CAUTION = 0.5  # a load counts for so much more than it takes,
 _AGED_S, _AGED_SHARE = 30.0, 0.1  # and less so for one that has waited
 _SOON_S = 120.0  # a victim that is wanted again within so long has to be loaded again
 _ONLY_COPY, _COPIES = 8.0, 4.0
+_LEAST_LOSS_S = 1.0  # where nobody waits for the load
 _SETTLED_LOADS = 4.0  # a model stays at least so many times as long as it took to load
 _ENDS_MAX = 64  # of one seat that are told apart
 _LOADING_S = 0.1  # at least, until it is seen to be over
@@ -103,6 +104,7 @@ class Scores:
         self._costs: dict[Node, dict[str, Cost]] = {}
         self._seats: dict[tuple[Node, str], Seat] = {}
         self._contexts: dict[str, int] = {}  # how many tokens each model was last loaded for
+        self.warm: Mapping[str, int] = {}  # how many replicas of a model are kept in memory
 
     def __repr__(self) -> str:
         return f"<Scores {list(self.memories)}>"
@@ -239,13 +241,41 @@ class Scores:
 
     def _loss_s(self, node: Node, victim: Loaded, now: float) -> float:
         """What it costs others that a model is driven out here."""
+        copies = self._copies(node, victim.key)
         again = 1 - exp(-self._demand.rate(victim.key, now) * _SOON_S)
-        copies = sum(
-            1 for other, memory in self.memories.items()
-            if other is not node and victim.key in memory.loaded
-        )  # fmt: skip
+        if copies < self.warm.get(victim.key, 0):
+            again = 1.0
         price = _COPIES / copies if copies else _ONLY_COPY
         return again * self.cost(node, victim.key).load_s * price
+
+    def _copies(self, node: Node, key: str) -> int:
+        """How many other nodes have it in memory."""
+        return sum(
+            1 for other, memory in self.memories.items()
+            if other is not node and key in memory.loaded
+        )  # fmt: skip
+
+    # What is kept in memory.
+
+    def preload_s(self, node: Node, key: str, now: float) -> float | None:
+        """What it costs to load a model there that nobody waits for; None where it must not be
+        now: those that wait go first, and what is kept there stays."""
+        memory = self.memory(node)
+        if any(one in node.present and one not in memory.loaded for one in self._queued):
+            return None
+        victims = self._victims(node, memory, key, now)
+        if victims is None:
+            return None
+        if any(self._copies(node, v.key) < self.warm.get(v.key, 0) for v in victims):
+            return None
+        losses = (max(_LEAST_LOSS_S, self._loss_s(node, victim, now)) for victim in victims)
+        return self.cost(node, key).load_s + sum(losses)
+
+    def preload(self, attempt: Attempt, node: Node, key: str, now: float) -> None:
+        """A node is asked to load a model for nobody."""
+        memory, load_s = self.memory(node), self.cost(node, key).load_s
+        loaded = memory.load(key, need_bytes(node, memory, key), None, now + load_s, now)
+        loaded.runs[attempt] = Run(now, load_s, 0.0)
 
     # What it costs.
 

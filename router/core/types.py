@@ -139,7 +139,8 @@ class Resilience:
 @dataclass(frozen=True, slots=True)
 class Topology:
     """All that the core needs of a configuration. Pools are tried in their order, and so are the
-    models that an alias stands for. `policy`: of pools that have none of their own."""
+    models that an alias stands for. `policy`: of pools that have none of their own; `warm`: how
+    many replicas of a model, by its canonical name, are kept in memory."""
 
     pools: tuple[PoolSpec, ...]
     aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
@@ -147,6 +148,7 @@ class Topology:
     policy: Policy = Policy.LEAST_IN_FLIGHT
     digest: Digest = Digest.ANY
     num_ctx: NumCtx = NumCtx.AS_SENT
+    warm: Mapping[str, int] = field(default_factory=dict)
     up_after: int = 2
     down_after: int = 3
     resilience: Resilience = Resilience()
@@ -335,6 +337,15 @@ class Rejected:
     versions: tuple[str, ...] = ()
     until: float | None = None
     after_s: float | None = None
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A model of which so many replicas are `wanted` in memory, and the nodes that have it there
+    and take requests for it."""
+
+    model: str
+    wanted: int
+    nodes: tuple[str, ...] = ()
 
 
 class Weighed(msgspec.Struct, frozen=True):

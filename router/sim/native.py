@@ -25,10 +25,11 @@ async def chat(exchange: Exchange) -> None:
     model = find(exchange, fields, "model '{}' not found")
     messages = [_message(one) for one in fields.objects("messages")]
     ask = _ask(fields, model, of_messages(messages))
+    if messages or ask.keep_alive_s != 0:  # any model can be unloaded
+        require(model, fields.text("model"), "completion", "chat")
     if not messages:
         await _load_or_unload(exchange, ask, _chat_record)
         return
-    require(model, fields.text("model"), "completion", "chat")
     await infer(exchange, ask, _Records(ask, _chat_record))
 
 
@@ -40,10 +41,11 @@ async def generate(exchange: Exchange) -> None:
     model = find(exchange, fields, "model '{}' not found")
     prompt = fields.text("prompt")
     ask = _ask(fields, model, _generate_prompt(fields))
+    if prompt or ask.keep_alive_s != 0:
+        require(model, fields.text("model"), "completion", "generate")
     if not prompt:
         await _load_or_unload(exchange, ask, _generate_record)
         return
-    require(model, fields.text("model"), "completion", "generate")
     context = "" if fields.flag("raw", default=False) else ask.prompt.text
     await infer(exchange, ask, _Records(ask, _generate_record, context))
 

@@ -306,6 +306,17 @@ async def test_native_errors(
     assert (response.status, answer["error"]) == (status, message)
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+async def test_an_embedding_model_is_loaded_by_embed_alone_and_unloaded_by_all(
+    web: ClientSession, path: str
+) -> None:
+    for body, status in (({}, 400), ({"keep_alive": 0}, 200)):
+        async with web.post(path, json={"model": "nomic-embed-text", **body}) as response:
+            assert response.status == status
+    async with web.post("/api/embed", json={"model": "nomic-embed-text"}) as response:
+        assert (await response.json())["embeddings"] == []
+
+
 @pytest.mark.parametrize(
     "name",
     ["LLAMA3:8B", " llama3:8b ", "llama3:8b:local", "library/llama3:8b", "https://llama3:8b"],
