@@ -11,6 +11,7 @@ from router import __version__, explain
 from router.core import wording
 from router.core.pool import Pool
 from router.core.types import Ejected, NodeView, Refusal, Rejected
+from router.core.work import FlowRule
 from router.dispatch import Clock, Decision
 from router.errors import ClientError
 from router.metrics import CONTENT_TYPE, Metrics
@@ -44,7 +45,8 @@ class Admin:
     """`token` guards what changes anything; without one, only a loopback listener may.
 
     `reload` runs the daemon's own transaction; `on_drain` is told of a node that was drained or
-    undrained. `draining` is set once no new work is wanted. `decisions`: the last ones.
+    undrained. `draining` is set once no new work is wanted. `decisions`: the last ones; `rules`:
+    those of flows.
     """
 
     pool: Pool
@@ -57,6 +59,7 @@ class Admin:
     on_drain: Callable[[NodeView], None] = lambda node: None
     draining: bool = False
     decisions: Collection[Decision] = ()
+    rules: Mapping[str, FlowRule] = field(default_factory=dict)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request. No page in a browser may act here; and what changes anything
@@ -114,7 +117,7 @@ class Admin:
     async def _explain(self, request: web.BaseRequest) -> web.Response:
         try:
             asked = await explain.asked(request)
-            return _json(200, explain.explain(self.pool, asked, self.clock()))
+            return _json(200, explain.explain(self.pool, asked, self.clock(), self.rules))
         except ClientError as error:
             return _error(error.status, error.message)
 

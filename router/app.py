@@ -167,6 +167,7 @@ class App:
             loopback=_is_loopback(config.admin.listen),
             on_drain=self._drained,
             decisions=self._means.dispatch.decisions,
+            rules=config.routing.rules,
         )
         self._given = given
         self._record(ok=True)
@@ -304,6 +305,7 @@ class App:
         self.warmer.reconfigure(config.timeouts.waits)
         token = config.admin.token
         self._admin.token = None if token is None else token.get_secret_value()
+        self._admin.rules = config.routing.rules
         self.state.generation += 1
 
     def reloaded(self, done: ReloadResult) -> None:
@@ -472,7 +474,10 @@ def _passage_settings(config: Config) -> PassageSettings:
         resilience=config.topology.resilience,
         continues=config.continuation.models if config.continuation.enabled else (),
         flows=flows.Settings(
-            config.routing.flow_header, tuple(config.trusted), config.timeouts.busy_s
+            config.routing.flow_header,
+            tuple(config.trusted),
+            config.timeouts.busy_s,
+            config.routing.rules,
         ),
     )
 

@@ -103,8 +103,8 @@ def _blame(document: Document, error: ErrorDetails) -> None:
 
 def _accepted(path: yamlfile.Path) -> str:
     section = next((part for part in reversed(path[:-1]) if isinstance(part, str)), "")
-    if path[:2] == ("timeouts", "models"):  # what follows is a glob
-        section = "models"
+    if path[:2] in (("timeouts", "models"), ("routing", "flows")):  # what follows is a name
+        section = str(path[1])
     keys = [field.alias or key for key, field in MODELS[section].model_fields.items()]
     close = get_close_matches(str(path[-1]), keys, 1)
     meant = f" (did you mean {close[0]}?)" if close else ""

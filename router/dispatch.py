@@ -10,7 +10,7 @@ from types import TracebackType
 import msgspec
 
 from router.core.policy import Attempt
-from router.core.pool import AGAIN_S, Lease, Pool, Queued
+from router.core.pool import AGAIN_S, Lease, Lost, Pool, Queued
 from router.core.types import Failure, Flip, NodeSpec, Outcome, Reason, Refusal, Rejected
 from router.errors import UpstreamError
 
@@ -65,7 +65,7 @@ class Dispatch:
         self.clock = clock
         self.waiting = 0
         self._waiters: dict[str, deque[asyncio.Future[None]]] = {}
-        self._queued: dict[Attempt, asyncio.Future[Lease]] = {}
+        self._queued: dict[Attempt, asyncio.Future[Lease | Lost]] = {}
         self._again: asyncio.TimerHandle | None = None
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)
 
@@ -113,7 +113,7 @@ class Dispatch:
     async def turn(self, queued: Queued, deadline: float) -> Lease:
         """Wait until the pool gives a queued attempt a node. Raises Refused."""
         attempt, began = queued.attempt, self.clock()
-        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Lease | Lost] = asyncio.get_running_loop().create_future()
         self._queued[attempt] = waiter
         self.settle()
         try:
@@ -128,6 +128,8 @@ class Dispatch:
         finally:
             del self._queued[attempt]
             self.settle()
+        if isinstance(given, Lost):
+            raise Refused(given.rejected)
         self.on_wait(queued, self.clock() - began)
         return given
 

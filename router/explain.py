@@ -11,7 +11,7 @@ from router import downstream
 from router.core import dialect, wording
 from router.core.pool import Pool
 from router.core.types import Policy, Refusal, Rejected, Weighed
-from router.core.work import Work
+from router.core.work import USUAL, FlowRule, Work
 from router.dispatch import Decision
 from router.errors import ClientError
 
@@ -60,9 +60,12 @@ def _single(query: MultiMapping[str]) -> Mapping[str, str]:
     return dict(query)
 
 
-def explain(pool: Pool, asked: Asked, now: float) -> Mapping[str, object]:
+def explain(
+    pool: Pool, asked: Asked, now: float, rules: Mapping[str, FlowRule]
+) -> Mapping[str, object]:
     """What would become of such a request now, and what each node would cost it, the best first;
-    all times are in seconds. Raises ClientError for a name that can be no model's."""
+    all times are in seconds. `rules`: those of flows. Raises ClientError for a name that can be no
+    model's."""
     target = pool.resolve(asked.model)
     refused = target if isinstance(target, Rejected) else pool.eligible(target)
     if isinstance(refused, Rejected) and refused.refusal in _MISTAKES:
@@ -70,9 +73,10 @@ def explain(pool: Pool, asked: Asked, now: float) -> Mapping[str, object]:
     model, weighed = asked.model, []
     if not isinstance(target, Rejected):
         assert target.model is not None  # a resolved name
+        rule = rules.get(asked.flow, USUAL)
         work = Work(
-            asked.flow, asked.prompt_tokens, (), asked.max_tokens, asked.num_ctx,
-            at_least=pool.at_least,
+            asked.flow, asked.prompt_tokens, (), asked.max_tokens, asked.num_ctx, rule.priority,
+            weight=rule.weight, at_least=pool.at_least,
         )  # fmt: skip
         model, weighed = target.model.key, [*pool.explain(target, work, now)]
     waits = pool.schedules_at(weighed[0].node.url) if weighed else pool.schedules

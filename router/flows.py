@@ -1,11 +1,11 @@
 """Whose a request is, how urgent it is, and until when it has to have a node."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from router.core import sizing
 from router.core.dialect import Route
-from router.core.work import Priority, Work
+from router.core.work import USUAL, FlowRule, Priority, Work
 from router.downstream import Network, Request, is_trusted
 from router.errors import ClientError
 from router.log import Report
@@ -17,11 +17,13 @@ _PRIORITIES = {priority.word: priority for priority in Priority}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`header` names the flow, in requests of `trusted` peers. `most_s`: nobody waits longer."""
+    """`header` names the flow, in requests of `trusted` peers. `most_s`: nobody waits longer.
+    `rules`: those of the flows that have one of their own, by name."""
 
     header: str | None
     trusted: Sequence[Network]
     most_s: float
+    rules: Mapping[str, FlowRule] = field(default_factory=dict)
 
 
 def work(
@@ -31,20 +33,21 @@ def work(
     """What is known of a request before it has a node; its flow is noted in the report. `at_least`:
     the context that it asks for may be raised. Raises ClientError for a header that cannot be
     read."""
-    headers, priority = request.headers, Priority.NORMAL
+    headers, priority = request.headers, None
     report.flow = report.client
     if settings.trusted and is_trusted(request, settings.trusted):
         if settings.header is not None:
             report.flow = headers.get(settings.header, "")[:_NAME_MAX] or report.client
         if _PRIORITY in headers:
             priority = _priority(headers[_PRIORITY])
+    rule = settings.rules.get(report.flow, USUAL)
     most_s = settings.most_s
     if _DEADLINE in headers:
         most_s = min(most_s, _milliseconds(headers[_DEADLINE]) / 1000)
     answers = bool(route.final)
     return sizing.work(
-        body, report.flow, priority, now + most_s,
-        answers=answers, options=route.options, at_least=at_least,
+        body, report.flow, rule.priority if priority is None else priority, now + most_s,
+        rule.weight, answers=answers, options=route.options, at_least=at_least,
     )  # fmt: skip
 
 

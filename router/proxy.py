@@ -49,9 +49,9 @@ class Proxy:
         UpstreamError where one was and gave no answer.
         """
         body = downstream.body_at_hand(request, self.means.settings.limits.body_bytes)
-        if body is None or len(body) > _SMALL_BYTES:
+        if body is None or len(body) > _SMALL_BYTES or not _is_plain(request):
             return self._hold(request, report, asked, extra, body)
-        return self._send(request, report, asked, extra, body, 0.0)
+        return self._send(request, report, asked, extra, body, 0.0, None)
 
     async def _hold(
         self, request: Request, report: Report, asked: Asked, extra: bytes, at_hand: bytes | None
@@ -68,13 +68,13 @@ class Proxy:
                 body = at_hand
                 held.add(len(body))
             reading_s = self.clock() - before
-            return await self._send(request, report, asked, extra, body, reading_s)
+            return await self._send(request, report, asked, extra, body, reading_s, held)
         finally:
             held.close()
 
     async def _send(
         self, request: Request, report: Report, asked: Asked, extra: bytes,
-        body: bytes | bytearray, reading_s: float,
+        body: bytes | bytearray, reading_s: float, held: Held | None,
     ) -> Reply:  # fmt: skip
         settings, route = self.means.settings, asked.route
         plain: bytes | bytearray
@@ -82,6 +82,8 @@ class Proxy:
             call, plain = dialect.parse(route, body, exact_usage=settings.exact_usage), body
         else:
             call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
+            if held is not None and plain is not body:
+                held.add(len(plain))
         since = route.since if plain is body else max(route.since, _UNPACKS)
         target = self._target(asked, since, call, report)
         if len(plain) <= dialect.QUICK_BYTES:

@@ -1,6 +1,6 @@
 """All that can be set: the sections of `router.yaml`, each with its defaults and its manual."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Annotated, Any, Literal
 
@@ -15,12 +15,14 @@ from router.core.types import (
     Placement,
     Policy,
     PoolSpec,
+    QueueLimits,
     Resilience,
     Tls,
     Topology,
     Wish,
 )
 from router.core.waits import ModelWaits
+from router.core.work import FlowRule, Priority
 from router.values import (
     AT_LEAST_ONE,
     HEADER_KEYS,
@@ -30,6 +32,8 @@ from router.values import (
     Count,
     EntryName,
     Flag,
+    FlowName,
+    FlowWeight,
     Glob,
     Globs,
     HeaderName,
@@ -180,6 +184,15 @@ class Probe(_Section):
     jitter: Share = Field(0.2, description="share of each interval that is left to chance")
 
 
+class FlowEntry(_Section):
+    """What one flow is given beside the others."""
+
+    weight: FlowWeight = Field(1.0, description="share beside others: 2 gets twice as much as 1")
+    priority: Literal["interactive", "normal", "batch"] = Field(
+        "normal", description="of requests that do not say theirs; after 30 s the next better one"
+    )
+
+
 class Routing(_Section):
     """How a node is chosen."""
 
@@ -200,6 +213,19 @@ class Routing(_Section):
     warm: dict[str, Number] = Field(
         {}, description="model: how many replicas of it are kept in memory"
     )
+    flows: dict[FlowName, FlowEntry] = Field(
+        {},
+        description="what the header says, or an address: its weight and priority",
+        json_schema_extra={"additionalProperties": False},
+    )
+
+    @property
+    def rules(self) -> Mapping[str, FlowRule]:
+        """Those of the flows that have one of their own, by name."""
+        return {
+            name: FlowRule(entry.weight, Priority[entry.priority.upper()])
+            for name, entry in self.flows.items()
+        }
 
 
 class BreakerEntry(_Section):
@@ -349,6 +375,13 @@ class Limits(_Section):
     max_in_flight: Count = Field(
         8192, description="requests being answered: more are told to come back"
     )
+    max_queued: Count = Field(
+        2048, description="requests that wait for a node: more are told to come back"
+    )
+    max_queued_per_flow: Count = Field(256, description="of these, so many of one flow")
+    max_queued_bytes_per_flow: Size = Field(
+        "256MiB", validate_default=True, description="bodies of these; one may wait at any size"
+    )
     # Room for two of the largest bodies.
     max_buffered_bytes: Size = Field(
         "1GiB", validate_default=True, description="bodies and kept texts of all requests together"
@@ -365,6 +398,12 @@ class Limits(_Section):
     max_header_bytes: Size = Field(
         "64KiB", validate_default=True, description="all header fields of a request"
     )
+
+    @property
+    def queue(self) -> QueueLimits:
+        return QueueLimits(
+            self.max_queued, self.max_queued_per_flow, self.max_queued_bytes_per_flow
+        )
 
 
 class Log(_Section):
@@ -470,6 +509,7 @@ class Config(_Section):
             warm={names.parse(name).key: count for name, count in self.routing.warm.items()},
             up_after=self.probe.up_after,
             down_after=self.probe.down_after,
+            queue=self.limits.queue,
             resilience=Resilience(**self.breaker.model_dump(), **self.retry.model_dump()),
         )
 
@@ -486,6 +526,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "admin": Admin,
     "probe": Probe,
     "routing": Routing,
+    "flows": FlowEntry,
     "breaker": BreakerEntry,
     "retry": RetryEntry,
     "continuation": Continuation,

@@ -26,6 +26,7 @@ _NOT_TO_SET = re.compile(
 )
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,79}$"
 _GLOB = r"^!?[^!\s]\S*$"
+_FLOW = r"^\S(.{0,198}\S)?$"
 _ORIGIN = r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]+)$"
 
 
@@ -111,6 +112,14 @@ def _like(pattern: str, what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _flow_name(name: str) -> str:
+    """An address stands in the form in which those of clients are told."""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
 def _slots(value: object) -> object:
     if value == "auto":
         return None
@@ -158,6 +167,8 @@ Count = Annotated[_Positive, _Typed]
 Number = Annotated[int, Field(ge=0, le=1_000_000), _Typed]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False), _Typed]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False), _Typed]
+# In between, virtual time neither stands still nor runs away.
+FlowWeight = Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False), _Typed]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _Typed]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderValue = Annotated[SecretStr, AfterValidator(_header_value)]
@@ -172,6 +183,12 @@ Glob = Annotated[
     str,
     _like(_GLOB, "a glob of model names, with ! in front to exclude,"),
     WithJsonSchema({"type": "string", "pattern": _GLOB}),
+]
+FlowName = Annotated[
+    str,
+    _like(_FLOW, "what the header says, or an address, of at most 200 characters,"),
+    AfterValidator(_flow_name),
+    WithJsonSchema({"type": "string", "pattern": _FLOW}),
 ]
 Globs = Annotated[
     tuple[Glob, ...], BeforeValidator(not_empty), Field(json_schema_extra={"minItems": 1})

@@ -581,6 +581,26 @@ async def test_what_waiting_would_bring_is_told_of_later_pools() -> None:
         )  # fmt: skip
 
 
+async def test_a_flow_is_explained_with_the_priority_it_is_configured_to_have() -> None:
+    flows = {"soon": {"priority": "interactive"}, "late": {"priority": "batch"}}
+    routing = {**DELAY, "flow_header": "X-Team", "flows": flows}
+    warm = spec(model(), warm=(MODEL,))
+    async with rig(warm, routing=routing, trusted=["127.0.0.1"]) as r:
+        r.nodes[0].fault = Fault(FaultKind.HANG, times=1)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(answered_by(r))
+            await r.until(lambda: r.nodes[0].held == 1)
+            r.session.headers["X-Team"] = "other"
+            group.create_task(answered_by(r))
+            await r.until(lambda: r.app.pool.waiting == 1)
+            waits = [(await explained(r, flow=flow))[1]["wait_s"] for flow in ("soon", "late")]
+            assert waits[1] > 1.5 * waits[0]
+            r.app.reconfigure(parsed({**r.settings, "routing": DELAY}))
+            again = [(await explained(r, flow=flow))[1]["wait_s"] for flow in ("soon", "late")]
+            assert again[1] < 1.5 * again[0]
+            r.nodes[0].release()
+
+
 async def test_without_a_wait_to_tell_of_none_is_told() -> None:
     async with rig(spec(), spec(), breaker={"jitter": 0.0}) as r:
         _, told = await explained(r)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from router.errors import ClientError
 from router.keep import Keep
 from router.sim import Fault, FaultKind, SimNode
 from tests.process import Process, settings, started, write
-from tests.rig import Answer, Rig, Talk, rig, spec, talk
+from tests.rig import MODEL, Answer, Rig, Talk, rig, spec, talk
 from tests.test_downstream import CHAT, GET_TAGS, LOOPS, NewLoop, still_works
 from tests.test_gate import errors, message
 
@@ -610,6 +611,26 @@ async def test_a_body_is_held_until_its_request_is_answered() -> None:
         await client.post("/api/chat", large)
         await r.nodes[0].until(lambda: r.nodes[0].in_flight == 1)
         assert keep.bytes == len(large)
+        r.nodes[0].release()
+        assert (await client.answer()).status == 200
+        assert keep.bytes == 0
+
+
+async def test_what_a_compressed_body_unpacks_to_is_held_too() -> None:
+    messages = [{"role": "user", "content": "y" * 500_000}]
+    plain = json.dumps({"model": MODEL, "messages": messages}).encode()
+    packed = zstd.compress(plain)
+    post = b"Content-Encoding: zstd\r\nContent-Length: %d\r\n\r\n%b" % (len(packed), packed)
+    start = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    async with rig(limits={"max_buffered_bytes": 800_000}) as r, talk(r.url) as client:
+        keep = r.app._means.keep
+        r.nodes[0].fault = Fault(FaultKind.HANG, times=1)
+        await client.send(start + post)
+        await r.nodes[0].until(lambda: r.nodes[0].in_flight == 1)
+        assert keep.bytes == len(packed) + len(plain)
+        async with talk(r.url) as more:
+            await more.send(start + post)
+            assert says_later(await more.answer())
         r.nodes[0].release()
         assert (await client.answer()).status == 200
         assert keep.bytes == 0

@@ -97,6 +97,7 @@ def test_every_setting_has_its_line_of_manual_in_the_schema() -> None:
         NODES + "probe: {interval_s: 0.5, up_after: '${FOUR}'}\nrouting: {policy: least-in-flight}",
         NODES + "aliases: {a: b}\ntrusted: [10.0.0.0/8]\ncors: {origins: ['*', 'https://a:*']}",
         NODES + "timeouts: {models: {'llama3*': {first_byte_s: 9, silent_down_s: '${FOUR}'}}}",
+        NODES + "routing: {flows: {a b: {weight: '${FOUR}'}, '::1': {priority: batch}}}",
         "nodes: [{url: h, slots: '${FOUR}', headers: {X-A: b}, labels: {a: b}, models: ['!a*']}]",
     ],
 )
@@ -130,6 +131,10 @@ def test_an_editor_accepts_what_the_router_accepts(text: str) -> None:
         NODES + "log: {level: loud}",
         NODES + "log: {requests: 'x'}",
         NODES + "routing: {policy: x}",
+        NODES + "routing: {flows: {a: {weight: 0}}}",
+        NODES + "routing: {flows: {a: {priority: low}}}",
+        NODES + "routing: {flows: {' a': {}}}",
+        NODES + "limits: {max_queued: 0}",
         NODES + "cors: {origins: [x]}",
         NODES + "timeouts: null",
         NODES + "timeouts: {models: {'!': {}}}",
@@ -168,7 +173,8 @@ def test_the_example_shows_every_section_with_its_defaults() -> None:
     for key in ("probe", "routing", "timeouts", "limits", "log", "cors"):
         rule = schema()["$defs"][key.capitalize()]
         rules = rule["properties"]
-        rules.pop("flow_header", None)  # is none by default
+        for name in ("flow_header", "flows"):  # are none by default
+            rules.pop(name, None)
         assert shown[key] == {k: v.get("default", {}) for k, v in rules.items()}
     assert changes(config.parse(plain.encode(), "r.yaml", {}), read(NODES)) == Changes()
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from router import config
 from router.address import Address
 from router.core.rates import Waits
-from router.core.types import NodeSpec, Policy, Tls
+from router.core.types import NodeSpec, Policy, QueueLimits, Tls
+from router.core.work import FlowRule, Priority
 from router.errors import ConfigError
 from tests.configs import (
     ENV,
@@ -32,6 +33,9 @@ NETWORK = "a network such as 10.0.0.0/8 or fd00::/8 is expected, none of its hos
 NAME = "a name of letters, digits, _ . : and -, at most 80 of them, is expected"
 GLOB = "a glob of model names, with ! in front to exclude, is expected"
 HEADER = "a header is plain ASCII on one line (does the variable end in a newline?)"
+FLOW = "what the header says, or an address, of at most 200 characters, is expected"
+FLOW_KEYS = "accepted: weight, priority"
+PRIORITIES = "accepted: 'interactive', 'normal' or 'batch'"
 FIXED = "this header belongs to the connection: it cannot be set"
 TIMEOUT_KEYS = (
     "accepted: connect_s, first_byte_s, first_byte_min_s, between_records_s, silent_down_s, "
@@ -71,6 +75,9 @@ def test_the_least_file_has_every_default() -> None:
     assert dict(least.limits) == {
         "max_connections": 16384,
         "max_in_flight": 8192,
+        "max_queued": 2048,
+        "max_queued_per_flow": 256,
+        "max_queued_bytes_per_flow": 256 * 1024 * 1024,
         "max_buffered_bytes": 1 << 30,
         "max_body_bytes": 512 * 1024 * 1024,
         "max_held_bytes": 8 * 1024 * 1024,
@@ -109,6 +116,31 @@ def test_the_topology_is_all_that_the_core_needs() -> None:
         4,
         5,
     )
+
+
+def test_how_many_may_wait_is_said_in_the_limits() -> None:
+    assert read(NODES).topology.queue == QueueLimits()
+    limits = "{max_queued: 9, max_queued_per_flow: 4, max_queued_bytes_per_flow: 1KiB}"
+    assert read(NODES + f"limits: {limits}").topology.queue == QueueLimits(9, 4, 1024)
+
+
+def test_flows_are_told_by_what_the_header_says_or_by_an_address() -> None:
+    assert read(NODES).routing.rules == {}
+    found = read("""
+        nodes: [h]
+        routing:
+          flows:
+            team-a: {weight: 2, priority: batch}
+            Ada Lovelace: {priority: interactive}
+            2001:DB8:0::7: {weight: 0.5}
+            10.0.0.7: {}
+    """)
+    assert found.routing.rules == {
+        "team-a": FlowRule(2.0, Priority.BATCH),
+        "Ada Lovelace": FlowRule(1.0, Priority.INTERACTIVE),
+        "2001:db8::7": FlowRule(0.5, Priority.NORMAL),
+        "10.0.0.7": FlowRule(),
+    }
 
 
 def test_everything_said_about_a_node_reaches_its_spec(tmp_path: Path) -> None:
@@ -323,6 +355,29 @@ def test_a_mistake_in_a_node_is_told_once(entry: str, expected: str) -> None:
         ),
         ("routing: {warm: [x]}", f"2:17: routing.warm: {MAPPING}"),
         ("routing: {warm: {x: -1}}", "2:21: routing.warm.x: at least 0 is expected, found -1"),
+        ("routing: {flows: {' a': {}}}", f"2:19: routing.flows.?: {FLOW}"),
+        (f"routing: {{flows: {{{'a' * 201}: {{}}}}}}", f"2:19: routing.flows.?: {FLOW}"),
+        ("routing: {flows: [a]}", f"2:18: routing.flows: {MAPPING}"),
+        (
+            "routing: {flows: {a: {weight: 0}}}",
+            "2:31: routing.flows.a.weight: at least 0.001 is expected, found 0",
+        ),
+        (
+            "routing: {flows: {a: {weight: 1001}}}",
+            "2:31: routing.flows.a.weight: at most 1000 is expected, found 1001",
+        ),
+        (
+            "routing: {flows: {a: {priority: low}}}",
+            f"2:33: routing.flows.a.priority: {PRIORITIES}, found 'low'",
+        ),
+        (
+            "routing: {flows: {tls: {wight: 2}}}",
+            f"2:25: routing.flows.tls.wight: unknown key (did you mean weight?); {FLOW_KEYS}",
+        ),
+        (
+            "limits: {max_queued: 0}",
+            "2:22: limits.max_queued: at least 1 is expected, found 0",
+        ),
         ("timeouts: {total_s: 5}", f"2:12: timeouts.total_s: unknown key; {TIMEOUT_KEYS}"),
         (
             "timeouts: {models: {'llama3*': {first_bite_s: 5}}}",

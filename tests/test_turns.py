@@ -140,7 +140,7 @@ async def order(r: Rig, *asked: Mapping[str, str]) -> list[int]:
 
 
 TEAMS = {**WAITS, "flow_header": "X-Team"}
-A, B = {"X-Team": "a"}, {"X-Team": "b"}
+A, B, C = {"X-Team": "a"}, {"X-Team": "b"}, {"X-Team": "c"}
 BATCH, SOON = {"X-Ollamux-Priority": "batch"}, {"X-Ollamux-Priority": "Interactive"}
 
 
@@ -161,6 +161,83 @@ async def test_a_header_of_one_that_is_not_trusted_names_no_team() -> None:
 async def test_who_is_urgent_goes_first() -> None:
     async with rig(node(), routing=WAITS, trusted=["127.0.0.1"]) as r:
         assert await order(r, BATCH, {}, SOON) == [2, 1, 0]
+
+
+async def test_a_flow_has_the_priority_that_its_configuration_says() -> None:
+    teams = {**TEAMS, "flows": {"b": {"priority": "interactive"}, "c": {"priority": "batch"}}}
+    async with rig(node(), routing=teams, trusted=["127.0.0.1"]) as r:
+        assert await order(r, C, A, B) == [2, 1, 0]
+
+
+async def test_a_request_says_its_priority_better_than_its_flow_does() -> None:
+    teams = {**TEAMS, "flows": {"b": {"priority": "interactive"}, "c": {"priority": "batch"}}}
+    async with rig(node(), routing=teams, trusted=["127.0.0.1"]) as r:
+        assert await order(r, {**B, **BATCH}, A, {**C, **SOON}) == [2, 1, 0]
+
+
+async def test_a_client_that_is_not_trusted_has_the_priority_of_its_address() -> None:
+    flows = {"127.0.0.1": {"priority": "batch"}}
+    async with rig(node(), routing={**WAITS, "flows": flows}) as r, asyncio.TaskGroup() as group:
+        r.nodes[0].fault = Fault(K.HANG, times=1)
+        first = group.create_task(ask(r))
+        await r.until(lambda: r.nodes[0].held == 1)
+        second = group.create_task(ask(r, MODEL, "X-Ollamux-Priority: interactive"))
+        await r.until(lambda: waiting(r) == 1)
+        assert r.app.pool.queued() == {"interactive": 0, "normal": 0, "batch": 1}
+        r.nodes[0].release()
+        assert (await first).status == (await second).status == 200
+
+
+async def test_a_flow_with_more_weight_has_more_turns() -> None:
+    teams = {**TEAMS, "flows": {"b": {"weight": 4}}}
+    async with rig(node(), routing=teams, trusted=["127.0.0.1"]) as r:
+        found = await order(r, A, A, A, B, B, B)
+        assert found.index(5) < found.index(2)
+
+
+async def test_a_reload_changes_what_a_flow_is_given() -> None:
+    async with rig(node(), routing=TEAMS, trusted=["127.0.0.1"]) as r:
+        flows = {"b": {"priority": "interactive"}}
+        r.app.reconfigure(parsed({**r.settings, "routing": {**TEAMS, "flows": flows}}))
+        assert await order(r, A, A, B) == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "statuses", "said"),
+    [
+        ({"max_queued": 2}, [503, 503], "queue-full"),
+        ({"max_queued_per_flow": 2}, [429, 0], "flow-full"),
+        ({"max_queued_bytes_per_flow": 300_000}, [429, 0], "flow-full"),
+    ],
+)
+async def test_more_than_may_wait_are_told_to_come_back(
+    limits: Mapping[str, int], statuses: list[int], said: str
+) -> None:
+    """The bodies that wait count in what all requests hold, too."""
+    prompt = "x" * 100_000
+    body = [{"role": "user", "content": prompt}]
+    async with (
+        rig(node(), routing=TEAMS, limits=limits, trusted=["127.0.0.1"]) as r,
+        asyncio.TaskGroup() as group,
+    ):
+        r.nodes[0].fault = Fault(K.HANG, times=1)
+        tasks = [group.create_task(ask(r))]
+        await r.until(lambda: r.nodes[0].held == 1)
+        for number in (1, 2):
+            tasks.append(group.create_task(ask(r, MODEL, "X-Team: a", messages=body)))
+            await r.until(lambda number=number: waiting(r) == number)  # type: ignore[misc]
+        assert r.app._means.keep.bytes > 2 * len(prompt)
+        for team, status in zip("ab", statuses, strict=True):
+            if not status:
+                tasks.append(group.create_task(ask(r, MODEL, f"X-Team: {team}", messages=body)))
+                await r.until(lambda: waiting(r) == 3)
+                continue
+            answer = await ask(r, MODEL, f"X-Team: {team}", messages=body)
+            assert (answer.status, answer.header("X-Ollamux-Reason")) == (status, said)
+            assert int(answer.header("Retry-After") or 0) >= 1
+        r.nodes[0].release()
+        assert {(await task).status for task in tasks} == {200}
+        assert r.app._means.keep.bytes == 0
 
 
 async def test_a_priority_that_is_none_is_told() -> None:
@@ -212,6 +289,35 @@ async def test_those_that_wait_for_a_node_that_goes_are_told_or_go_elsewhere(how
         assert {(one.status, one.header("X-Ollamux-Node")) for one in answers} == {(200, "n2")}
         r.nodes[0].release()
         await asyncio.wait(running)
+        assert (waiting(r), r.app.pool.in_flight) == (0, 0)
+
+
+@pytest.mark.parametrize(("how", "status"), [("drained", 503), ("removed", 404), ("deleted", 404)])
+async def test_who_waits_for_a_model_that_is_gone_is_told_like_one_who_comes(
+    how: str, status: int
+) -> None:
+    async with (
+        rig(node(), spec(model(OTHER)), routing=WAITS) as r,
+        asyncio.TaskGroup() as group,
+    ):
+        r.nodes[0].fault = Fault(K.HANG, times=1)
+        first = group.create_task(ask(r))
+        await r.until(lambda: r.nodes[0].held == 1)
+        tasks = [group.create_task(ask(r)) for _ in range(3)]
+        await r.until(lambda: waiting(r) == 3)
+        if how == "drained":
+            async with r.session.post(f"{r.admin}/drain", params={"node": "n1"}) as done:
+                assert done.status == 200
+        elif how == "removed":
+            r.app.reconfigure(parsed({**r.settings, "nodes": r.settings["nodes"][1:]}))
+        else:
+            async with r.session.delete(f"{r.url}/api/delete", json={"model": MODEL}) as done:
+                assert done.status == 200
+        told = [await task for task in tasks]
+        new = await ask(r)
+        assert {(one.status, error(one)) for one in (*told, new)} == {(status, error(new))}
+        r.nodes[0].release()
+        await asyncio.wait([first])
         assert (waiting(r), r.app.pool.in_flight) == (0, 0)
 
 

@@ -71,6 +71,7 @@ class Ours:
 
     def _collect(self, now: float) -> None:
         for one in self._pool.granted(now):
+            assert isinstance(one, Lease), one
             self._send(one)
 
     def first(self, ask: Ask, now: float) -> None:

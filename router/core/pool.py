@@ -13,6 +13,7 @@ from router.core.memory import Loads
 from router.core.names import Name
 from router.core.node import Node
 from router.core.policy import Attempt, Eligible, Target
+from router.core.queue import Waiting
 from router.core.rates import Speed, Waits
 from router.core.reach import Range, Reach
 from router.core.resolver import Resolver
@@ -46,7 +47,7 @@ from router.core.work import Priority, Work
 
 _NO_NEED = Need.NONE
 AGAIN_S = 0.25  # what a wait is worth changes with time, too: then it is to be asked again
-_WAITING_MAX, _ALIKE_MAX = 2048, 256  # in all, and of one flow
+_BACK_S = 30.0  # a node that is down may have been started anew
 
 
 class Lease(msgspec.Struct, frozen=True, eq=False):
@@ -67,6 +68,14 @@ class Queued(msgspec.Struct, frozen=True, eq=False):
 
     attempt: Attempt
     expected_s: float
+
+
+class Lost(msgspec.Struct, frozen=True, eq=False):
+    """`attempt` has waited in vain: what it needs is gone. It is told what one who came now
+    would be."""
+
+    attempt: Attempt
+    rejected: Rejected
 
 
 class Learned(msgspec.Struct, frozen=True, eq=False):
@@ -352,12 +361,6 @@ class Pool:
     def _schedule(
         self, attempt: Attempt, key: str, now: float, *, paid: bool
     ) -> Lease | Queued | Rejected:
-        work, queue = attempt.work, self._scheduler.queue
-        full = len(queue) >= _WAITING_MAX
-        if full or queue.waiting(work.flow) >= _ALIKE_MAX:
-            if paid:
-                self._budget.give()
-            return Rejected(Refusal.FULL if full else Refusal.CROWDED)
         if paid:
             self._paid.add(attempt)
         nodes_of = self._nodes_of(now)
@@ -367,11 +370,31 @@ class Pool:
         expected_s = found.expected_s
         if expected_s < inf:  # else there may be room at any moment
             expected_s = min(expected_s, nodes_of.spills_s(attempt))
-        if work.deadline < now + expected_s < inf:
-            self.leave(attempt, Outcome(told=False), now)
-            return Rejected(Refusal.LATE, after_s=expected_s)
+        refused = self._turned_away(found, expected_s, now)
+        if refused is not None:
+            self._withdraw(attempt)
+            return refused
         self._came.add(key)
         return Queued(attempt, expected_s)
+
+    def _turned_away(self, one: Waiting, expected_s: float, now: float) -> Rejected | None:
+        """Why a request that has just come may not wait."""
+        limits, flow = self._topology.queue, one.flow
+        if self.waiting > limits.in_all:
+            return Rejected(Refusal.FULL)
+        many = flow.waiting > 1 and flow.waiting_bytes > limits.flow_bytes
+        if many or flow.waiting > limits.of_flow:
+            return Rejected(Refusal.CROWDED)
+        if one.attempt.work.deadline < now + expected_s < inf:
+            return Rejected(Refusal.LATE, after_s=expected_s)
+        return None
+
+    def _withdraw(self, attempt: Attempt) -> None:
+        """It waits no longer, and has no node."""
+        self._scheduler.withdraw(attempt)
+        if attempt in self._paid:
+            self._paid.discard(attempt)
+            self._budget.give()
 
     def _placed(self, found: Placed, nodes_of: Reach, now: float) -> Lease:
         paid = found.attempt in self._paid
@@ -385,7 +408,15 @@ class Pool:
         """The nodes that may be asked for each of those that wait."""
         return Reach(lambda one: self._eligible(one, now), self._scheduler.queue.since, now)
 
-    def granted(self, now: float) -> Sequence[Lease]:
+    def _hopes(self, refused: Rejected, now: float) -> bool:
+        """Whether a request waits on although it would be refused if it came now: nodes are full,
+        new, or have not been down for long."""
+        if refused.until is not None or not self.probed:
+            return True
+        down = refused.refusal in (Refusal.NODES_DOWN, Refusal.PIN_DOWN)
+        return down and any(now - self._nodes[one.url].since < _BACK_S for one in refused.nodes)
+
+    def granted(self, now: float) -> Sequence[Lease | Lost]:
         """Those that wait no longer. To be asked whenever the pool was told something."""
         touched, self._touched = self._touched, set()
         came, self._came = self._came, set()
@@ -399,12 +430,15 @@ class Pool:
         where = None if everywhere else touched
         nodes_of = self._nodes_of(now)
         placed = self._scheduler.pass_(nodes_of, now, where, came)
-        given = [self._placed(found, nodes_of, now) for found in placed]
+        given: list[Lease | Lost] = [self._placed(found, nodes_of, now) for found in placed]
         if everywhere and self._lends:
             given += self._outright(nodes_of, now)
-        if self._scheduler.spared:
+        lost = [Lost(*one) for one in nodes_of.lost.items() if not self._hopes(one[1], now)]
+        if self._scheduler.spared or lost:
             self._again_at = 0.0
-        return given
+        for one in lost:
+            self._withdraw(one.attempt)
+        return [*given, *lost]
 
     def _outright(self, nodes_of: Reach, now: float) -> Iterator[Lease]:
         """Those that still wait, and may have a node where nobody waits for a turn, get it."""
@@ -448,11 +482,8 @@ class Pool:
         """The one way out, for an attempt that was leased and for one that was not."""
         held = self._leases.pop(attempt, None)
         if held is None:
-            self._scheduler.withdraw(attempt)
+            self._withdraw(attempt)
             self._again_at = 0.0  # others may have waited for its sake
-            if attempt in self._paid:
-                self._paid.discard(attempt)
-                self._budget.give()
             return ()
         node, failure = held.node, outcome.failure
         good = failure is None and outcome.told

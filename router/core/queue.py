@@ -3,20 +3,26 @@
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import attrgetter
 
 from router.core.policy import Attempt
 
 _AGEING_S = 30.0  # after so long a request goes with those of the next better priority
 _ACTIVE_S = 60.0
 _FLOWS_MAX = 4096
+_LEAST_SHARE = 0.1  # of what was guessed: what fails at once is not for nothing
+_OWED_MAX_S = 60.0  # for one request more than was guessed: it may be the node that hung
+_TURN = attrgetter("start", "number")
 
 
 @dataclass(slots=True, eq=False)
 class Flow:
     """What one team, user or address has been given. `finish`: its virtual time; `active`: when it
-    was last here; `held`: leases that it has, by model."""
+    was last here; `held`: leases that it has, by model; `waiting_bytes`: bodies of those that
+    wait."""
 
     name: str
     weight: float = 1.0
@@ -24,13 +30,15 @@ class Flow:
     active: float = 0.0
     held: dict[str, int] = field(default_factory=dict)
     waiting: int = 0
+    waiting_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
     """One request that waits. `since`: when it came; `start`: its virtual time, and `spent`
     what its flow is charged for it; `expected_s`: how long it was last thought to wait, from then
-    on."""
+    on. `got`: when it got a node, and `load_s` how long a load takes there: of the time that it
+    has the node that is charged to nobody."""
 
     attempt: Attempt
     key: str
@@ -40,6 +48,8 @@ class Waiting:
     number: int
     spent: float = 0.0
     expected_s: float = 0.0
+    got: float = 0.0
+    load_s: float = 0.0
 
     def __lt__(self, other: "Waiting") -> bool:
         return (self.start, self.number) < (other.start, other.number)
@@ -81,11 +91,6 @@ class Queue:
         self._forget(now)
         return found
 
-    def waiting(self, name: str) -> int:
-        """How many requests of a flow wait."""
-        found = self._flows.get(name)
-        return 0 if found is None else found.waiting
-
     def since(self, attempt: Attempt, now: float) -> float:
         """Since when it waits; one that does not would wait from now on."""
         one = self._of.get(attempt)
@@ -114,14 +119,24 @@ class Queue:
         insort(self.by_key.setdefault(key, []), one)
         self._of[attempt] = one
         flow.waiting += 1
+        flow.waiting_bytes += attempt.work.body_bytes
         return one
 
-    def visit(self, attempt: Attempt, key: str, now: float) -> Waiting:
-        """Have a request wait where it would, only to be weighed: once it is popped all is as
-        it was."""
+    @contextmanager
+    def visit(self, attempt: Attempt, key: str, now: float) -> Iterator[Waiting]:
+        """Have a request wait where it would, and its flow be here, only to be weighed: behind
+        that all is as it was."""
         work = attempt.work
-        flow = self._flows.get(work.flow) or Flow(work.flow, work.weight, self._virtual)
-        return self.push(attempt, key, flow, max(self._virtual, flow.finish), now)
+        new = work.flow not in self._flows
+        if new:
+            self._flows[work.flow] = Flow(work.flow, work.weight, self._virtual)
+        flow = self._flows[work.flow]
+        try:
+            yield self.push(attempt, key, flow, max(self._virtual, flow.finish), now)
+        finally:
+            self.pop(attempt)
+            if new:
+                del self._flows[work.flow]
 
     def pop(self, attempt: Attempt) -> Waiting | None:
         """It waits no longer; None where it did not."""
@@ -133,6 +148,7 @@ class Queue:
         if not alike:
             del self.by_key[one.key]
         one.flow.waiting -= 1
+        one.flow.waiting_bytes -= attempt.work.body_bytes
         return one
 
     def leave(self, attempt: Attempt) -> None:
@@ -147,17 +163,37 @@ class Queue:
 
     def went(self, one: Waiting, now: float) -> None:
         """It has got a node."""
+        one.got = now
         self._virtual = max(self._virtual, one.start)
         one.flow.held[one.key] = one.flow.held.get(one.key, 0) + 1
         one.flow.active = now
 
     def ended(self, one: Waiting, now: float) -> None:
-        """It has given its node back."""
+        """It has given its node back: its flow is charged for the time that it took, instead of
+        what was guessed."""
         held = one.flow.held
         held[one.key] -= 1
         if not held[one.key]:
             del held[one.key]
         one.flow.active = now
+        if len(self._flows) > 1:  # one alone takes from nobody
+            self._correct(one.flow, now - one.got - one.load_s, one.spent)
+
+    def _correct(self, flow: Flow, took_s: float, spent: float) -> None:
+        """Move a flow, and those of it that wait, by what it was charged too little or too much.
+        None goes before those that have gone: then it would have saved something up."""
+        more = max(took_s / flow.weight, _LEAST_SHARE * spent) - spent
+        more = min(more, _OWED_MAX_S / flow.weight)
+        last, keys = 0.0, set()
+        if flow.waiting:
+            for one in self:
+                if one.flow is flow:
+                    one.start = max(one.start + more, min(one.start, self._virtual))
+                    last = max(last, one.start)
+                    keys.add(one.key)
+        for key in keys:
+            self.by_key[key].sort(key=_TURN)
+        flow.finish = max(flow.finish + more, last)
 
     def alike(self, key: str, now: float) -> list[Waiting]:
         """Those that wait for one model, in their order: by priority, where the first of one has

@@ -12,15 +12,14 @@ from router.core.types import Reason, Rejected
 
 class Range(msgspec.Struct, frozen=True, eq=False):
     """What may be had by who has waited for `after_s`. `nodes`: what the scheduler shares out.
-    `outright`: nodes where nobody waits for a turn; `reason`: why one of those is taken."""
+    `outright`: nodes where nobody waits for a turn; `reason`: why one of those is taken. `refused`:
+    why there is nothing."""
 
     after_s: float
     nodes: Sequence[Node]
     outright: Sequence[Node] = ()
     reason: Reason = Reason.LATER_POOL
-
-
-_NOWHERE = (Range(0.0, ()),)
+    refused: Rejected | None = None
 
 
 def ranges(found: Eligible, met: Collection[str] = ()) -> Iterator[Range]:
@@ -44,9 +43,10 @@ def _fresh(nodes: Sequence[Node], met: Collection[str]) -> Sequence[Node]:
 
 class Reach:
     """What each of those that wait may have at one moment: worked out once for those that ask for
-    the same. All that have waited for as many pools are given the very same list."""
+    the same. All that have waited for as many pools are given the very same list. `lost`: those
+    that were looked at, and for whom there is nothing."""
 
-    __slots__ = ("_eligible", "_known", "_now", "_since")
+    __slots__ = ("_eligible", "_known", "_now", "_since", "lost")
 
     def __init__(
         self, eligible: Callable[[Attempt], Eligible | Rejected],
@@ -56,10 +56,13 @@ class Reach:
         self._since = since
         self._now = now
         self._known: dict[object, Sequence[Range]] = {}
+        self.lost: dict[Attempt, Rejected] = {}
 
     def __call__(self, attempt: Attempt) -> Sequence[Node]:
         """The nodes that the scheduler may give it."""
         known = self.of(attempt)
+        if known[0].refused is not None:
+            self.lost[attempt] = known[0].refused
         return known[0].nodes if len(known) == 1 else self.now(attempt).nodes
 
     def now(self, attempt: Attempt) -> Range:
@@ -82,7 +85,9 @@ class Reach:
 
     def _ranges(self, attempt: Attempt) -> Sequence[Range]:
         found = self._eligible(attempt)
-        return _NOWHERE if isinstance(found, Rejected) else (*ranges(found, attempt.met),)
+        if isinstance(found, Rejected):
+            return (Range(0.0, (), refused=found),)
+        return (*ranges(found, attempt.met),)
 
     def spilled(self, attempt: Attempt, node: Node) -> bool:
         """Whether this node of a later pool is had only for having waited."""

@@ -143,15 +143,12 @@ class Scheduler:
         """What each node would cost a request that came now, the best first. It may have a node
         at once, or else is behind those that go before it. Nothing is changed."""
         self._begin()
-        one = self.queue.visit(attempt, key, now)
-        try:
+        with self.queue.visit(attempt, key, now) as one:
             found = self._ranked(one, nodes, now)
             if not found[0].now:
                 self._hold_before(one, nodes_of, now)
                 found = self._ranked(one, nodes, now)
-        finally:
-            self.queue.pop(attempt)
-        return found
+            return found
 
     def _hold_before(self, one: Waiting, nodes_of: NodesOf, now: float) -> None:
         """Have the turns of those seen that go before it."""
@@ -262,6 +259,7 @@ class Scheduler:
         if loaded is None or reason is Reason.LOAD:
             need, load_s = need_bytes(node, seat.memory, key), seat.cost.load_s
             loaded = seat.memory.load(key, need, attempt.work.num_ctx, now + load_s, now)
+            one.load_s = load_s
             self.scores.changed(node)
         else:
             seat.take(first_s + out_s)

@@ -30,6 +30,7 @@ def work(
     flow: str = "",
     priority: Priority = Priority.NORMAL,
     deadline: float = inf,
+    weight: float = 1.0,
     *,
     answers: bool = True,
     options: bool = True,
@@ -46,7 +47,7 @@ def work(
         prompt = min(prompt, _WITH_IMAGES_TOKENS)
     return Work(
         flow, prompt, prefix.blocks(body), most if answers else 0, num_ctx, priority, deadline,
-        at_least=options and at_least,
+        weight, len(body), options and at_least,
     )  # fmt: skip
 
 

@@ -137,6 +137,16 @@ class Resilience:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How much may wait for nodes: so many requests in all, so many of one flow, and so many bytes
+    of their bodies, unless it is one alone."""
+
+    in_all: int = 2048
+    of_flow: int = 256
+    flow_bytes: int = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """All that the core needs of a configuration. Pools are tried in their order, and so are the
     models that an alias stands for. `policy`: of pools that have none of their own; `warm`: how
@@ -152,6 +162,7 @@ class Topology:
     up_after: int = 2
     down_after: int = 3
     resilience: Resilience = Resilience()
+    queue: QueueLimits = QueueLimits()
 
 
 class Scope(msgspec.Struct, frozen=True):

@@ -23,14 +23,25 @@ class Priority(enum.IntEnum):
 _NORMAL = Priority.NORMAL
 
 
+class FlowRule(msgspec.Struct, frozen=True):
+    """What a flow is given beside others: its weight, and the priority of its requests that do
+    not say theirs."""
+
+    weight: float = 1.0
+    priority: Priority = _NORMAL
+
+
+USUAL = FlowRule()
+
+
 class Work(msgspec.Struct, frozen=True, eq=False):
     """What is known of one request's size, and of who sent it.
 
     `prompt_tokens`: an estimate. `blocks`: hashes of the prompt's beginnings, each of one block
     more than the one before. `max_tokens`, `num_ctx`: as the client asks, None where it does not.
     `weight`: how much of the nodes its flow is to have, beside others. `deadline`: until when it
-    has to have a node, on the clock of the pool. `at_least`: what it asks for may be raised to the
-    context that the model is loaded for.
+    has to have a node, on the clock of the pool. `body_bytes`: what is held while it waits.
+    `at_least`: what it asks for may be raised to the context that the model is loaded for.
     """
 
     flow: str = ""
@@ -41,6 +52,7 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     priority: Priority = _NORMAL
     deadline: float = inf
     weight: float = 1.0
+    body_bytes: int = 0
     at_least: bool = False
 
 

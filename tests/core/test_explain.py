@@ -253,6 +253,20 @@ def test_a_flow_that_has_its_share_waits_though_there_is_a_slot() -> None:
     assert shown(explain(pool, "a", Work("third"))) == ["one warm: now"]
 
 
+def test_the_first_of_a_flow_is_not_behind_those_of_one_that_has_its_share() -> None:
+    pool = pool_of({"one": SMALL, "two": SMALL}, {"one": "a:latest"})
+    pool.drain("two", draining=True)
+    submit(pool, "a", Work("greedy"))
+    submit(pool, "a", Work("greedy"))
+    pool.drain("two", draining=False)
+    work = Work("other", priority=Priority.BATCH)
+    said = explain(pool, "a", work)
+    assert shown(said)[0] == "one warm: later"
+    verdict = pool.submit(Attempt(target(pool, "a"), work=work), 0.0)
+    assert isinstance(verdict, Queued)
+    assert not pool.granted(1.0)
+
+
 def test_nothing_is_counted_or_changed() -> None:
     pool = pool_of({"one": SMALL, "two": SMALL}, {"one": "a:latest"})
     for _ in range(3):
@@ -326,11 +340,11 @@ class World:
         """Give nodes to those that wait, until nothing moves; gives those that got one."""
         found: list[Attempt] = []
         while given := self.pool.granted(self.now):
-            for lease in given:
-                assert isinstance(lease, Lease)
-                self.waiting.remove(lease.attempt)
-                self.leased[lease.attempt] = lease.node
-                found.append(lease.attempt)
+            for one in given:
+                self.waiting.remove(one.attempt)
+                if isinstance(one, Lease):
+                    self.leased[one.attempt] = one.node
+                    found.append(one.attempt)
         return found
 
     def submit(self, attempt: Attempt) -> list[Attempt]:
@@ -369,14 +383,7 @@ EVENTS = st.sampled_from(
 STEPS = st.tuples(EVENTS, st.integers(0, 40), st.sampled_from(KEYS), WORKS)
 
 
-# The first request of a second flow, behind others that wait, may be told of a node too early.
-SAID = [
-    Policy.LEAST_IN_FLIGHT,
-    pytest.param(Policy.EXPECTED_DELAY, marks=pytest.mark.xfail(strict=False, reason="two flows")),
-]
-
-
-@pytest.mark.parametrize("way", SAID)
+@pytest.mark.parametrize("way", Policy)
 @given(slots=st.lists(st.integers(1, 3), min_size=1, max_size=4), data=st.data())
 @settings(max_examples=150)
 def test_the_node_that_is_said_first_is_the_one_that_is_chosen(
@@ -401,5 +408,5 @@ def test_the_node_that_is_said_first_is_the_one_that_is_chosen(
         if said[0].now:
             assert node == said[0].node or others  # those that waited go first
         else:
-            assert node is None
+            assert node is None or others  # one that now loads elsewhere may have made way
             assert said[0].later

@@ -1,7 +1,7 @@
 """Who waits, and whose turn it is: fair to flows, to priorities, and to those that wait long."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 from hypothesis import given
@@ -153,6 +153,114 @@ def test_one_that_had_to_wait_for_long_does_not_turn_time_back() -> None:
         door.come(f"a{i}", priority=INTERACTIVE)
     assert door.drain() == "a0 a1 a2 a3 a4 b1"
     assert door.come("c1").start == 4.0
+
+
+# What a request really took
+
+
+def busy(guess: float, takes: Mapping[str, list[float]], slots: int = 1) -> Iterator[Door]:
+    """A door that all come to at once, and where each has its node for as long as it takes; told
+    of whenever one has gone."""
+    door = Door()
+    left = {door.come(who, guess): took for who, all_ in takes.items() for took in all_}
+    ends: dict[Waiting, float] = {}
+    while len(door.queue):
+        while len(ends) < slots and len(door.queue):
+            one = door.next()
+            ends[one] = door.now + left[one]
+            yield door
+        first = min(ends, key=ends.__getitem__)
+        door.now = ends.pop(first)
+        door.running.remove(first)
+        door.queue.ended(first, door.now)
+
+
+TOOK = st.lists(st.floats(1.0, 40), min_size=5, max_size=40)
+
+
+@given(TOOK, TOOK, st.sampled_from([0.1, 1.0, 10.0]))
+def test_flows_get_the_same_time_if_guesses_were_not_ten_times_what_it_took(
+    first: list[float], second: list[float], guess: float
+) -> None:
+    has, took = {"a": 0.0, "b": 0.0}, {"a": iter(first), "b": iter(second)}
+    for door in busy(guess, {"a": first, "b": second}):
+        who = door.running[-1].flow.name
+        if not all(flow.waiting for flow in door.flows.values()):
+            return
+        has[who] += next(took[who])
+        assert abs(has["a"] - has["b"]) <= max(first) + max(second) + 1e-6
+
+
+def test_one_whose_requests_take_longer_than_guessed_has_fewer_on_several_slots() -> None:
+    long, short = [5.0] * 100, [1.0] * 100
+    for door in busy(1.0, {"a": long, "b": short}, slots=4):
+        if not door.flows["b"].waiting:
+            break
+    went = {who: 100 - flow.waiting for who, flow in door.flows.items()}
+    assert went["b"] == 100
+    assert 16 <= went["a"] <= 28
+
+
+def test_who_is_charged_less_in_the_end_goes_no_sooner_than_at_once() -> None:
+    door = Door()
+    door.come("a1", 50.0)
+    door.come("b1", 20.0)
+    door.come("b2", 20.0)
+    for _ in range(3):
+        door.next()
+    waits = door.come("a2")
+    assert waits.start == 50.0
+    door.now = 6.0
+    door.end()
+    assert waits.start == door.running[-1].start == 20.0
+
+
+def test_one_that_hung_is_charged_a_minute_at_most() -> None:
+    door = Door()
+    door.all_come("a1 b1")
+    door.drain()
+    door.now = 6000.0
+    door.end()
+    assert door.flows["a"].finish == 1.0 + 60.0
+
+
+def test_nobody_is_charged_for_a_load() -> None:
+    door = Door()
+    door.all_come("a1 b1")
+    door.next().load_s = 20.0
+    door.now = 23.0
+    door.end()
+    assert door.flows["a"].finish == 3.0
+
+
+def test_what_ended_at_once_was_not_for_nothing() -> None:
+    door = Door()
+    door.all_come("a1 a2 b1")
+    door.next()
+    door.end()
+    assert door.drain() == "b1 a2"
+
+
+def test_who_was_alone_owes_nothing() -> None:
+    door = Door()
+    door.come("a1", 5.0)
+    door.next()
+    door.now = 50.0
+    door.end()
+    assert door.flows["a"].finish == 5.0
+
+
+def test_a_flow_that_waits_for_several_models_is_moved_in_each() -> None:
+    door = Door()
+    door.all_come("a0 b0")
+    for name, key in (("a1", "x"), ("b1", "x"), ("a2", "y"), ("b2", "y")):
+        door.come(name, key=key)
+    for _ in range(2):
+        door.next()
+    door.now = 10.0
+    door.end()
+    assert [door.names[one] for one in door.queue.alike("x", 0.0)] == ["b1", "a1"]
+    assert [door.names[one] for one in door.queue.alike("y", 0.0)] == ["b2", "a2"]
 
 
 # Those that leave
@@ -313,7 +421,7 @@ def test_it_is_known_how_many_of_a_flow_wait() -> None:
     door = Door()
     door.all_come("a1 a2 b1")
     door.next()
-    assert [door.queue.waiting(who) for who in "abc"] == [1, 1, 0]
+    assert {who: flow.waiting for who, flow in door.flows.items()} == {"a": 1, "b": 1}
 
 
 def test_what_a_flow_holds_is_known_by_model() -> None:
@@ -396,7 +504,7 @@ class Queueing(RuleBasedStateMachine):
         waits = Counter(self.waiting.values())
         holds = Counter((one.flow, one.key) for one in self.door.running)
         for flow in self.door.flows.values():
-            assert flow.waiting == queue.waiting(flow.name) == waits[flow]
+            assert flow.waiting == waits[flow]
             assert flow.held == {key: many for (one, key), many in holds.items() if one is flow}
 
     @invariant()

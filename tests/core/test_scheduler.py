@@ -6,7 +6,7 @@ request writes 100 tokens unless it says otherwise, so that it takes one second,
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, inf
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from router.core.names import parse, split_pin
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool, Queued
+from router.core.pool import Lease, Lost, Pool, Queued
 from router.core.types import (
     Failure,
     FailureKind,
@@ -25,6 +25,7 @@ from router.core.types import (
     Outcome,
     Policy,
     PoolSpec,
+    QueueLimits,
     Resilience,
     Sign,
     Topology,
@@ -94,11 +95,11 @@ class Yard:
         self, name: str, *, pin: str = "", tokens: int = 0, out: int = 100,
         blocks: Sequence[int] = (), ctx: int | None = None, flow: str = "",
         priority: Priority = Priority.NORMAL, within_s: float = inf, weight: float = 1.0,
-        tried: Sequence[str] = (), digest: str = "", answered: str = "",
+        tried: Sequence[str] = (), digest: str = "", answered: str = "", body_bytes: int = 0,
     ) -> str:  # fmt: skip
         """A request whose name begins with its model; what comes of it."""
         deadline = self.now + within_s
-        work = Work(flow, tokens, blocks, out, ctx, priority, deadline, weight)
+        work = Work(flow, tokens, blocks, out, ctx, priority, deadline, weight, body_bytes)
         left, pinned = split_pin(name[0] + (f"@{pin}" if pin else ""))
         one = Attempt(
             Target(parse(left), pinned, left), frozenset(map(url, tried)), digest, answered, work
@@ -118,15 +119,17 @@ class Yard:
         return f"{lease.node.name} {lease.reason.value}"
 
     def settle(self, after_s: float = 0.0) -> dict[str, str]:
-        """Those that get a node now, and how."""
+        """Those that get a node now, and how, or wait no longer."""
         self.now += after_s
         names = {one: name for name, one in self.asked.items()}
         found = {}
-        for lease in self.pool.granted(self.now):
-            assert isinstance(lease, Lease)
-            name = names[lease.attempt]
-            self.leases[name] = lease
-            found[name] = self.said(lease)
+        for one in self.pool.granted(self.now):
+            name = names[one.attempt]
+            if isinstance(one, Lost):
+                found[name] = one.rejected.refusal.value
+            else:
+                self.leases[name] = one
+                found[name] = self.said(one)
         return found
 
     def begin(self, name: str) -> None:
@@ -789,7 +792,7 @@ def test_a_node_on_trial_gets_one_request_of_those_that_wait() -> None:
     assert max(view.in_flight for view in views) <= 4
 
 
-def test_those_that_wait_wait_on_when_all_nodes_are_down() -> None:
+def test_those_that_wait_wait_on_when_all_nodes_are_down_for_a_while() -> None:
     yard = Yard(a=Has("x"))
     yard.ask("x1")
     yard.ask("x2")
@@ -798,6 +801,118 @@ def test_those_that_wait_wait_on_when_all_nodes_are_down() -> None:
     assert yard.settle(20.0) == {}
     yard.pool.observe(url("a"), Observation(Sign.GOOD), yard.now)
     assert yard.settle() == {"x2": "a load"}
+
+
+def test_nobody_waits_for_nodes_that_stay_down() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    yard.ask("x2", pin="a")
+    yard.ask("x3")
+    yard.pool.observe(url("a"), Observation(Sign.REFUSED), yard.now)
+    assert yard.end("x1", FAILED) == {}
+    assert yard.settle(29.0) == {}
+    assert yard.settle(1.0) == {"x2": "pin-down", "x3": "nodes-down"}
+    assert (yard.pool.waiting, yard.settle()) == (0, {})
+
+
+@pytest.mark.parametrize("how", ["drained", "removed", "deleted"])
+def test_who_waits_in_vain_is_told_what_one_who_comes_now_is(how: str) -> None:
+    yard = Yard(a=Has("x y"), b=Has("x y"))
+    for name in ("x1", "x2", "x3", "x4"):
+        yard.ask(name, pin="a" if name == "x4" else "")
+    yard.ask("y1", pin="b")
+    yard.ask("y2", pin="b")
+    if how == "drained":
+        yard.pool.drain("a", draining=True)
+        yard.pool.drain("b", draining=True)
+    elif how == "removed":
+        yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY, b=Has("y")), yard.now)
+    for name in ("a", "b") if how == "deleted" else ():
+        yard.pool.observe(url(name), Observation(present=models("y")), yard.now)
+    if how == "removed":
+        yard.pool.observe(url("b"), Observation(present=models("y")), yard.now)
+    told = yard.settle(1.0)
+    assert told.keys() == {"x3", "x4"} | ({"y2"} if how == "drained" else set())
+    assert told["x3"] == yard.ask("x5")
+    assert told["x4"] == yard.ask("x6", pin="a")
+    assert yard.pool.waiting == (0 if how == "drained" else 1)
+
+
+def test_who_waits_for_a_node_that_nobody_has_looked_at_waits_on() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    yard.ask("x2")
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY, b=Has(), c=Has()), yard.now)
+    yard.pool.observe(url("b"), Observation(Sign.GOOD, "", models("y")), yard.now)
+    assert yard.settle(40.0) == {}
+    yard.pool.observe(url("c"), Observation(Sign.GOOD, "", models("x")), yard.now)
+    assert yard.settle() == {"x2": "c load"}
+
+
+def test_who_waits_for_a_full_node_waits_on() -> None:
+    yard = Yard(a=Has("x", slots=2))
+    for name in ("x1", "x2", "x3"):
+        yard.ask(name)
+    busy = Outcome(Failure(FailureKind.BUSY))
+    assert yard.end("x1", busy) == {}
+    assert yard.settle(0.5) == {}
+    assert yard.pool.waiting == 1
+
+
+# How many may wait.
+
+
+def limited(**limits: int) -> Yard:
+    """A yard with two models, one of which is at work already."""
+    yard = Yard(a=Has("x"), b=Has("y"))
+    yard.pool.reconfigure(
+        replace(yard.topology(Policy.EXPECTED_DELAY), queue=QueueLimits(**limits)), yard.now
+    )
+    yard.ask("x0", flow="first")
+    return yard
+
+
+def test_no_more_wait_than_may() -> None:
+    yard = limited(in_all=3)
+    said = [yard.ask(f"x{i}", flow=f"f{i}").split()[0] for i in range(1, 6)]
+    assert said == ["waits"] * 3 + ["queue-full"] * 2
+    assert yard.end("x0") == {"x1": "a warm"}
+    assert yard.ask("x6").startswith("waits")
+    assert (yard.pool.waiting, yard.ask("x7")) == (3, "queue-full")
+
+
+def test_no_more_of_a_flow_wait_than_may_and_others_still_do() -> None:
+    yard = limited(of_flow=2)
+    said = [yard.ask(f"x{i}", flow="f").split()[0] for i in range(1, 5)]
+    assert said == ["waits", "waits", "flow-full", "flow-full"]
+    assert yard.ask("x5", flow="g").startswith("waits")
+
+
+def test_what_waits_of_a_flow_has_a_limit_in_bytes_and_one_may_be_of_any_size() -> None:
+    yard = limited(flow_bytes=100)
+    said = [
+        yard.ask(f"x{i}", flow=flow, body_bytes=size).split()[0]
+        for i, (flow, size) in enumerate([("f", 500), ("f", 1), ("g", 60), ("g", 40), ("g", 1)], 1)
+    ]
+    assert said == ["waits", "flow-full", "waits", "waits", "flow-full"]
+    yard.end("x4")
+    assert yard.ask("x6", flow="g", body_bytes=40).startswith("waits")
+    assert yard.ask("x7", flow="g", body_bytes=1) == "flow-full"
+
+
+def test_however_many_wait_for_one_model_an_idle_one_is_had_at_once() -> None:
+    yard = limited(in_all=2, of_flow=1)
+    yard.ask("x1", flow="f")
+    yard.ask("x2", flow="g")
+    assert yard.ask("x3", flow="f") == "queue-full"
+    assert yard.ask("y1", flow="f") == "b warm"
+
+
+def test_a_retry_that_may_not_wait_gives_its_part_of_the_budget_back() -> None:
+    yard = limited(in_all=1)
+    yard.ask("x1")
+    for i in range(2, 5):
+        assert yard.ask(f"x{i}", answered="a") == "queue-full"
 
 
 def test_a_node_that_leaves_is_forgotten_with_its_last_request() -> None:

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 from router.core.names import parse, split_pin
 from router.core.node import Node
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool, Queued
+from router.core.pool import Lease, Lost, Pool, Queued
 from router.core.queue import Waiting
 from router.core.types import (
     Failure,
@@ -28,6 +28,7 @@ from router.core.types import (
     Policy,
     PoolSpec,
     Refusal,
+    Rejected,
     Sign,
     Topology,
 )
@@ -169,9 +170,13 @@ class SchedulingMachine(RuleBasedStateMachine):
     def take(self) -> None:
         while given := self.pool.granted(self.now):
             for one in given:
-                assert isinstance(one, Lease)
                 del self.waiting[one.attempt]
-                self.leased(one)
+                if isinstance(one, Lost):
+                    verdict = self.pool._eligible(one.attempt, self.now)
+                    assert isinstance(verdict, Rejected)
+                    assert verdict.refusal is one.rejected.refusal
+                else:
+                    self.leased(one)
 
     @rule(pick=st.integers(0, 100))
     def begin(self, pick: int) -> None:
@@ -285,6 +290,13 @@ class SchedulingMachine(RuleBasedStateMachine):
             held = {one for one, lease in self.leases.items() if lease.node.url == node.spec.url}
             assert known == held - self.outright
             assert memory.loading is None or memory.loaded[memory.loading.key] is memory.loading
+
+    @invariant()
+    def nobody_waits_for_what_is_gone(self) -> None:
+        for one in self.pool._scheduler.queue:
+            verdict = self.pool._eligible(one.attempt, self.now)
+            if isinstance(verdict, Rejected) and self.pool._scheduler._may(one):
+                assert self.pool._hopes(verdict, self.now)
 
     @invariant()
     def no_slot_is_free_for_one_that_waits(self) -> None:

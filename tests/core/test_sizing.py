@@ -158,11 +158,15 @@ def test_what_does_not_answer_in_text_asks_for_no_token() -> None:
     assert work(body, answers=False).max_tokens == 0
 
 
+def test_what_is_held_while_it_waits_is_all_of_the_body() -> None:
+    assert work(b"x" * 100_000).body_bytes == 100_000
+
+
 def test_who_asks_how_urgently_and_until_when_is_handed_on() -> None:
     text = b"x" * 5000
-    found = work(text, "team", Priority.BATCH, 12.5)
+    found = work(text, "team", Priority.BATCH, 12.5, 2.0)
     assert (found.flow, found.priority, found.deadline) == ("team", Priority.BATCH, 12.5)
-    assert found.blocks == blocks(text)
+    assert (found.blocks, found.weight) == (blocks(text), 2.0)
     assert (work(b"").flow, work(b"").priority, work(b"").deadline) == ("", Priority.NORMAL, inf)
     assert list(NO_WORK.blocks) == []
 

@@ -369,5 +369,5 @@ def test_nobody_goes_to_a_pool_that_has_no_node_for_it_any_more() -> None:
     yard.ask("x2")
     yard.down("a")
     yard.down("b")
-    assert yard.settle(60.0) == {}
+    assert yard.settle(60.0) == {"x2": Refusal.NODES_DOWN.value}
     assert yard.ask("x3") == Refusal.NODES_DOWN.value
