@@ -1,4 +1,4 @@
-"""How often each model is asked for."""
+"""What there has been of something of late, by model: how often it was asked for, say."""
 
 from math import exp
 
@@ -7,21 +7,30 @@ _MODELS_MAX = 4096
 
 
 class Demand:
-    """Requests per second, by model: the recent ones count most."""
+    """Amounts by model, of which the recent ones count most."""
 
     __slots__ = ("_seen",)
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[float, float]] = {}  # how many, as of when
+        self._seen: dict[str, tuple[float, float]] = {}  # how much, as of when
 
-    def count(self, key: str, now: float) -> None:
-        """One more request for this model."""
-        many, at = self._seen.pop(key, (0.0, now))
-        self._seen[key] = many * exp((at - now) / _FORGOTTEN_S) + 1.0, now
+    def count(self, key: str, now: float, amount: float = 1.0) -> None:
+        """So much more of it for this model: one request, say."""
+        amount += self.total(key, now)
+        self._seen.pop(key, None)  # the one that was asked for longest ago is the first
+        self._seen[key] = amount, now
         if len(self._seen) > _MODELS_MAX:
             del self._seen[next(iter(self._seen))]
 
+    def total(self, key: str, now: float) -> float:
+        """How much there has been, with what is five minutes ago counting as a third."""
+        amount, at = self._seen.get(key, (0.0, now))
+        return amount * exp((at - now) / _FORGOTTEN_S)
+
     def rate(self, key: str, now: float) -> float:
-        """Requests per second."""
-        many, at = self._seen.get(key, (0.0, now))
-        return many * exp((at - now) / _FORGOTTEN_S) / _FORGOTTEN_S
+        """How much there is in a second."""
+        return self.total(key, now) / _FORGOTTEN_S
+
+    def forget(self, key: str) -> None:
+        """As if there had been none."""
+        self._seen.pop(key, None)

@@ -268,6 +268,7 @@ class Scheduler:
             seat.memory.learned(key).lease(ahead, now)
         loaded.runs[attempt] = Run(now, load_s + first_s, out_s, ahead)
         loaded.used = now
+        self.scores.placed(one, reason, now)
         self.queue.pop(attempt)
         if key not in self.queue.by_key:
             self._release()

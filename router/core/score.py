@@ -23,6 +23,8 @@ _FIRST_SHARE = 0.3  # how much the length of an answer weighs against its first 
 _CONTENTION = 0.7
 _CAUTION = 0.5  # a load counts for so much more than it takes,
 _AGED_S, _AGED_SHARE = 30.0, 0.1  # and less so for one that has waited
+_PAID_SHARE = 0.5  # of what others have waited for a model
+_PRICE_SHARE = 0.1  # of a load is always left, or it would go before a slot that is free
 _SOON_S = 120.0  # a victim that is wanted again within so long has to be loaded again
 _ONLY_COPY, _COPIES = 8.0, 4.0
 _LEAST_LOSS_S = 1.0  # where nobody waits for the load
@@ -101,6 +103,7 @@ class Scores:
         self._queued = queued
         self._lengths = Lengths()
         self._demand = Demand()
+        self._waited = Demand()  # seconds that requests have waited for a slot, since the last load
         self._costs: dict[Node, dict[str, Cost]] = {}
         self._seats: dict[tuple[Node, str], Seat] = {}
         self._contexts: dict[str, int] = {}  # how many tokens each model was last loaded for
@@ -146,6 +149,13 @@ class Scores:
         """It is down, and whatever it had in its memory is gone."""
         if node in self.memories:
             self.memories[node].forget()
+
+    def placed(self, one: Waiting, reason: Reason, now: float) -> None:
+        """A request has got a node. Once many have waited for long the model is worth a load."""
+        if reason is Reason.LOAD:
+            self._waited.forget(one.key)
+        else:
+            self._waited.count(one.key, now, now - one.since)
 
     # How long things take.
 
@@ -299,11 +309,14 @@ class Scores:
 
     def _load_s(self, one: Waiting, seat: Seat, now: float) -> float:
         """A load is dearer than it is long: it also costs those that it drives out. Whoever has
-        waited long cares less."""
+        waited long cares less; and what others have waited for the model is paid already."""
         aged = max(_AGED_SHARE, 1 - (1 - _AGED_SHARE) * (now - one.since) / _AGED_S)
         backlog = len(self._queued.get(one.key, ()))
         load_s = seat.cost.load_s
-        return load_s + aged * (_CAUTION * load_s + seat.evicts_s / max(1, min(2, backlog)))
+        price_s = load_s + aged * (_CAUTION * load_s + seat.evicts_s / max(1, min(2, backlog)))
+        if seat.loaded is not None:
+            return price_s
+        return max(price_s - _PAID_SHARE * self._waited.total(one.key, now), _PRICE_SHARE * load_s)
 
     def _answer_s(self, one: Waiting, seat: Seat) -> float:
         return self.first_s(one, seat) + _FIRST_SHARE * self.out_s(one, seat)

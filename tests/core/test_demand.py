@@ -1,4 +1,4 @@
-"""How often a model is asked for, where the recent requests count most."""
+"""What there has been of something by model, where the recent counts most."""
 
 from math import exp
 
@@ -31,6 +31,16 @@ def test_what_is_five_minutes_ago_counts_as_a_third(after_s: float, left: float)
     for _ in range(30):
         demand.count("m", 50.0)
     assert demand.rate("m", 50.0 + after_s) == pytest.approx(0.1 * left)
+
+
+def test_it_counts_other_amounts_than_requests_too() -> None:
+    waited = Demand()
+    waited.count("m", 0.0, 2.5)
+    waited.count("m", 0.0, 1.0)
+    assert waited.total("m", 0.0) == 3.5
+    waited.forget("m")
+    waited.forget("never seen")
+    assert waited.total("m", 0.0) == 0.0
 
 
 def test_each_model_has_a_demand_of_its_own() -> None:

@@ -481,6 +481,24 @@ def test_so_it_does_whichever_of_them_is_looked_at_first() -> None:
     assert wanted == {"a": "x:latest", "b": ""}
 
 
+def test_after_many_have_waited_for_a_slot_the_model_is_loaded_once_more() -> None:
+    """None of them would wait for as long as a load takes, but together they have."""
+    yard = Yard(a=Has("x"), b=Has("", present="x"))
+    for number in range(30):
+        yard.ask(f"x{number}", out=100)
+        yard.settle(0.1)
+        if yard.ask("x-next", out=100) == "b load":
+            break
+        yard.settle(0.7)
+        assert yard.end(f"x{number}") == {"x-next": "a warm"}
+        yard.end("x-next")
+        yard.settle(0.5)
+    assert 5 <= number < 20
+    yard.end("x-next")
+    assert yard.ask("x-other") == "b warm", "and a slot that is free goes before a load"
+    assert yard.terms("x")["b"] != yard.terms("x")["a"]
+
+
 def wanted(yard: Yard) -> dict[str, str]:
     """What each node makes room for."""
     memories = yard.pool._scheduler.scores.memories
