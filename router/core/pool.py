@@ -385,9 +385,15 @@ class Pool:
         many = flow.waiting > 1 and flow.waiting_bytes > limits.flow_bytes
         if many or flow.waiting > limits.of_flow:
             return Rejected(Refusal.CROWDED)
-        if one.attempt.work.deadline < now + expected_s < inf:
+        if one.attempt.work.deadline < now + expected_s < inf and self._has_served(one.key):
             return Rejected(Refusal.LATE, after_s=expected_s)
         return None
+
+    def _has_served(self, key: str) -> bool:
+        """Whether it was seen how long answers of this model take: nobody is refused for a guess
+        from its size, with one slot for a start."""
+        replicas = [node.replicas.get(key) for node in self._nodes.values()]
+        return any(one is not None and one.rates.learned for one in replicas)
 
     def _withdraw(self, attempt: Attempt) -> None:
         """It waits no longer, and has no node."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 from operator import attrgetter
 
 from router.core.policy import Attempt
@@ -37,8 +38,8 @@ class Flow:
 class Waiting:
     """One request that waits. `since`: when it came; `start`: its virtual time, and `spent`
     what its flow is charged for it; `expected_s`: how long it was last thought to wait, from then
-    on. `got`: when it got a node, and `load_s` how long a load takes there: of the time that it
-    has the node that is charged to nobody."""
+    on, infinite where that cannot be told. `got`: when it got a node, and `load_s` how long a load
+    takes there: of the time that it has the node that is charged to nobody."""
 
     attempt: Attempt
     key: str
@@ -47,7 +48,7 @@ class Waiting:
     start: float
     number: int
     spent: float = 0.0
-    expected_s: float = 0.0
+    expected_s: float = inf
     got: float = 0.0
     load_s: float = 0.0
 

@@ -172,10 +172,12 @@ class Scores:
         return self._read_s(attempt, key, price, known) + self._write_s(attempt, key, price)
 
     def _read_s(self, attempt: Attempt, key: str, price: Cost, known: int) -> float:
-        """To work out a prompt: no more of it than the context holds, less the blocks that are
-        known."""
-        most = min(attempt.work.prompt_tokens, self._contexts.get(key, inf))
-        return max(most - known * BLOCK_TOKENS, 0) * price.prefill_s
+        """To work out a prompt, less the blocks that are known. Of a prompt that is longer than the
+        context its beginning is left out, and so is all that would be known."""
+        tokens, context = attempt.work.prompt_tokens, self._contexts.get(key, inf)
+        if tokens > context:
+            return context * price.prefill_s
+        return max(tokens - known * BLOCK_TOKENS, 0) * price.prefill_s
 
     def _write_s(self, attempt: Attempt, key: str, price: Cost) -> float:
         work = attempt.work

@@ -152,6 +152,13 @@ class Yard:
         told = self.pool.explain(Target(parse(model), None, model), work, self.now)
         return {one.node.name: one.barred or (one.wait_s, one.load_s, one.answer_s) for one in told}
 
+    def served(self, model: str) -> None:
+        """Some answers of it have been seen where it is used, as quick as was guessed."""
+        for node in self.pool._nodes.values():
+            if f"{model}:latest" in node.replicas:
+                for _ in range(9):
+                    node.replicas[f"{model}:latest"].rates.learn(Usage(0, 100, None, 1.0, None))
+
     def demand(self, model: str, times: int) -> None:
         """So many have asked for it just now."""
         for _ in range(times):
@@ -401,6 +408,16 @@ def test_no_prompt_is_longer_than_the_context() -> None:
     yard = Yard(a=Has())
     yard.look("a", "x", ctx=3000)
     assert yard.terms("x", tokens=90_000) == {"a": terms(0, 0, 1.3)}
+
+
+def test_of_one_that_is_longer_nothing_is_cached_as_its_beginning_is_left_out() -> None:
+    yard = Yard(a=Has("x"))
+    blocks = range(10)
+    yard.ask("x1", tokens=2500, blocks=blocks)
+    yard.end("x1")
+    yard.look("a", "x", ctx=3000)
+    cached, cut = (yard.terms("x", tokens=tokens, blocks=blocks)["a"] for tokens in (3000, 3001))
+    assert (cached, cut) == (terms(0, 0, 0.3), terms(0, 0, 1.3))
 
 
 @pytest.mark.parametrize(
@@ -705,12 +722,19 @@ def test_two_flows_that_are_always_busy_get_their_shares_of_the_slots(
 def test_who_cannot_be_served_in_time_is_told_so_at_once() -> None:
     yard = Yard(a=Has("x"))
     yard.ask("x1")
+    yard.served("x")
     assert yard.ask("x2", within_s=0.9) == "late 1.00"
     assert yard.pool.waiting == 0
     assert yard.ask("x3", within_s=1.1) == "waits 1.00"
     assert yard.ask("x4", within_s=1.1) == "late 2.00", "behind the other"
     assert yard.ask("y1", within_s=0.0) == "a load"
     assert yard.ask("z", within_s=0.0) == "waits inf", "nobody knows how long"
+
+
+def test_nobody_is_refused_for_a_guess() -> None:
+    yard = Yard(a=Has("x"))
+    yard.ask("x1")
+    assert yard.ask("x2", within_s=0.9) == "waits 1.00"
 
 
 def test_so_many_of_one_flow_may_wait() -> None:

@@ -137,7 +137,8 @@ class SchedulingMachine(RuleBasedStateMachine):
             self.leased(verdict)
         elif isinstance(verdict, Queued):
             self.waiting[attempt] = self.now
-            assert late.deadline >= self.now + verdict.expected_s or verdict.expected_s == inf
+            told = verdict.expected_s < inf and self.pool._has_served(key_of(attempt))
+            assert not told or late.deadline >= self.now + verdict.expected_s
         else:
             assert verdict.refusal is not Refusal.LATE or patience_s < inf
         self.settle()

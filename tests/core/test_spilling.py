@@ -207,6 +207,7 @@ def test_nobody_is_late_for_the_first_pool_s_sake_alone(
     spill_after_s: float, within_s: float, said: str
 ) -> None:
     yard = busy(of(None, spill_after_s, a=Has("x")), of(b=Has("x")))
+    yard.served("x")
     assert yard.ask("x2", within_s=within_s) == said
 
 
