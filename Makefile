@@ -8,11 +8,14 @@
 # make storm   the same without sockets, in virtual time
 # make bench-relay   what a relay costs, beside nginx, HAProxy and aiohttp
 # make bench-routing   what a router's choices cost, in virtual time; ARGS=--sockets: through HTTP
+# make bench-routing-report   all of its tables in docs/; TRACES=folder, ARGS='--router ollamux'
+# make bench-routing-plots    its plots, of what that has kept; installs matplotlib
 
 PYTHON ?= python3
 CONFIG ?= router.yaml
 ROUNDS ?= 5
 ARGS ?=
+TRACES ?=
 SECONDS ?= 60
 SEED ?=
 VENV := .venv
@@ -20,7 +23,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JAVASCRIPT := tests/clients/node_modules/.package-lock.json
 
-.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay bench-routing clean
+.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay bench-routing \
+	bench-routing-report bench-routing-plots clean
 
 demo: $(READY)
 	@$(BIN)/ollamux demo
@@ -65,6 +69,15 @@ bench-relay: $(READY)
 
 bench-routing: $(READY)
 	$(BIN)/python -m bench.routing $(ARGS)
+
+REPORT = $(BIN)/python -m bench.routing.full $(if $(TRACES),--traces $(TRACES)) $(ARGS)
+
+bench-routing-report: $(READY)
+	$(REPORT)
+
+bench-routing-plots: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group plots
+	$(REPORT) --draw
 
 # The JavaScript clients, for the tests that run them under Node.js.
 $(JAVASCRIPT): tests/clients/package-lock.json

@@ -84,9 +84,15 @@ class Rig:
             await asyncio.sleep(0)
 
 
-def _entry(number: int, node: SimNode, extra: Mapping[str, Any]) -> dict[str, Any]:
-    slots = node.spec.num_parallel
-    return {"name": f"n{number}", "url": node.url, "slots": slots, **extra}
+def _entries(
+    nodes: Sequence[SimNode], others: Sequence[str], extras: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = [
+        *({"url": node.url, "slots": node.spec.num_parallel} for node in nodes),
+        *({"url": url} for url in others),
+    ]
+    padded = [*extras, *({} for _ in told)]
+    return [{"name": f"n{n + 1}", **one, **padded[n]} for n, one in enumerate(told)]
 
 
 async def _no_reload() -> ReloadResult:
@@ -102,24 +108,25 @@ def parsed(settings: Mapping[str, Any]) -> Config:
 async def rig(
     *specs: SimSpec,
     entries: Sequence[Mapping[str, Any]] = (),
+    others: Sequence[str] = (),
     looked: bool = True,
     **sections: Any,
 ) -> AsyncIterator[Rig]:
     """Start one simulated node per spec (names n1, n2, …) and a router in front of them.
 
-    `entries` add to, or replace, fields of the nodes in the configuration; `sections` are
-    other top-level keys of it. Probes run only when a test says `look()`, and once at
-    the start unless `looked` is false.
+    `others` are the urls of nodes that run already, to be named after these. `entries` add to, or
+    replace, fields of the nodes in the configuration; `sections` are other top-level keys of it.
+    Probes run only when a test says `look()`, and once at the start unless `looked` is false.
     """
     output = io.StringIO()
     log.setup("debug", "json", output)
     async with contextlib.AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(SimNode(one)) for one in specs or (spec(),)]
-        extras = [*entries, *({} for _ in nodes)]
+        here = specs or (() if others else (spec(),))
+        nodes = [await stack.enter_async_context(SimNode(one)) for one in here]
         settings = {
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
-            "nodes": [_entry(n + 1, node, extras[n]) for n, node in enumerate(nodes)],
+            "nodes": _entries(nodes, others, entries),
             **sections,
         }
         app = await stack.enter_async_context(App(parsed(settings), _no_reload))

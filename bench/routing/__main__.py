@@ -14,10 +14,12 @@ from itertools import product
 from pathlib import Path
 
 from bench.routing import sockets
-from bench.routing.experiment import ROUTERS, SEEDS, Case, Figures, goodput, measure
+from bench.routing.experiment import ROUTERS, SEEDS, Case, Figures, measure
 from bench.routing.fleet import Layout
 from bench.routing.generate import TRACES
-from bench.routing.report import agreement, as_json, plot, tables
+from bench.routing.goodput import goodput
+from bench.routing.plots import drawable, first_tokens
+from bench.routing.report import agreement, as_json, tables
 from bench.routing.scenario import SCENARIOS
 from bench.routing.stage import OURS, Contender, Setting, contender
 
@@ -38,15 +40,15 @@ def main() -> None:
         print(f"\n{agreement(virtual, real)}")
     if args.json:
         args.json.write_bytes(as_json(found))
-    if args.plots and not plot(found, args.plots):
-        print("no plots: matplotlib is not installed", file=sys.stderr)
+    if args.plots and drawable():
+        first_tokens(found, args.plots / "first-token.png")
 
 
 def _measured(case: Case, args: argparse.Namespace) -> Figures:
     seeds: Sequence[int] = SEEDS[args.seeds]
     found = measure(case, seeds, args.jobs)
     if args.goodput:
-        found = replace(found, goodput_per_hour=goodput(case, seeds, args.jobs))
+        found = replace(found, goodput_per_hour=goodput(case, seeds))
     print(f"{case.router}: {found.requests} requests", file=sys.stderr)
     return found
 
@@ -76,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     add("--goodput", action="store_true", help="search the highest rate that is good enough")
     add("--jobs", type=int, default=1, help="processes")
     add("--json", type=Path)
-    add("--plots", type=Path, help="a folder for PNG files")
+    add("--plots", type=Path, help="a folder for a PNG file")
     add("--sockets", action="store_true", help="through real processes as well")
     add("--speed", type=float, default=20.0, help="how many times faster than the trace")
     add("--other", type=contender, action="append", default=[], help="a further router")

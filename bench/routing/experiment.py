@@ -2,9 +2,9 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from bench.routing.routers import Make
 from bench.routing.scenario import FLOOD, SCENARIOS
 from bench.routing.trace import Trace, read, thin
 from bench.routing.workload import Request
-from bench.routing.world import Outcome, World
+from bench.routing.world import PATIENCE_S, Outcome, World
 
 SEEDS: Mapping[str, Sequence[int]] = {"tuning": range(1, 6), "reporting": range(101, 106)}
 # What there is by name; the last two are the policies of this project.
@@ -27,10 +27,8 @@ ROUTERS: Mapping[str, Make] = {
     "ollamux": ours.expected_delay,
 }
 SOON_S = 10.0
-_GOOD_SHARE = 0.9
-_GOODPUT_RATES = (250.0, 8000.0)
-_GOODPUT_FACTOR = 1.5
-_GOODPUT_HALVINGS = 3
+STEPS = 200  # of the whole distribution
+_MINUTE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +46,14 @@ class Case:
 
 
 class Served(NamedTuple):
-    """One request, as the report needs it; infinite times for one that was refused."""
+    """One request, as the report needs it; infinite times for one that was refused. `at` is when
+    it came, in seconds since the first one."""
 
     flow: str
     model: str
     first_s: float
     total_s: float
+    at: float = 0.0
 
 
 class Sample(NamedTuple):
@@ -79,7 +79,9 @@ class Quantiles:
 class Figures:
     """What a case came to over all its seeds. `first` and `total` are the times to the first
     token and to the end, `soon` is the share with its first token within 10 s, `classes` the
-    times to the first token by size of model. In a flood all this is of the other teams only."""
+    times to the first token by size of model, `curve` what each half percent of these times is
+    below, `minutes` the p90 of those that came in each minute of the run, None where nobody did. In
+    a flood all this is of the other teams only."""
 
     case: Case
     requests: int
@@ -90,6 +92,8 @@ class Figures:
     refused: int
     decision_us: float
     classes: Mapping[str, Quantiles]
+    curve: Sequence[float] = ()
+    minutes: Sequence[float | None] = ()
     goodput_per_hour: float | None = None
 
 
@@ -102,13 +106,15 @@ def make(router: str) -> Make:
     return found
 
 
-def run(case: Case, seed: int) -> Sample:
-    """One run. The seed thins the trace, deals out the models, and is the router's too."""
+def run(case: Case, seed: int, patience_s: float = PATIENCE_S) -> Sample:
+    """One run. The seed thins the trace, deals out the models, and is the router's too. What has
+    not begun so long after the last arrival never does."""
     scenario = SCENARIOS[case.scenario]
     specs = fleet(case.layout, seed, scenario.models)
     router = make(case.router)(view(specs), seed)
-    done = World(specs, router, requests(case, seed), scenario.changes).run()
-    served = [_served(one) for one in done.outcomes]
+    done = World(specs, router, requests(case, seed), scenario.changes, patience_s).run()
+    begin = done.outcomes[0].request.ask.at
+    served = [_served(one, begin) for one in done.outcomes]
     return Sample(served, done.loads, done.seconds, done.decisions, done.router_s)
 
 
@@ -145,6 +151,8 @@ def figures(case: Case, samples: Sequence[Sample]) -> Figures:
         sum(time_s == math.inf for time_s in first),
         1e6 * sum(sample.router_s for sample in samples) / max(decisions, 1),
         {name: quantiles(times) for name, times in by_class.items() if times},
+        curve(first),
+        _minutes(served),
     )
 
 
@@ -155,26 +163,20 @@ def quantiles(times: Sequence[float]) -> Quantiles:
     return Quantiles(*at)
 
 
-def goodput(case: Case, seeds: Sequence[int], jobs: int) -> float:
-    """The highest rate at which 90 % have their first token within 10 s, in requests an hour."""
-    return highest(lambda rate: measure(replace(case, per_hour=rate), seeds, jobs).soon)
+def curve(times: Sequence[float]) -> Sequence[float]:
+    """What each of `STEPS` equal shares of the times ends with."""
+    ordered = sorted(times)
+    return [ordered[(len(ordered) - 1) * step // STEPS] for step in range(STEPS + 1)]
 
 
-def highest(soon: Callable[[float], float]) -> float:
-    """Searched from above, as few requests an hour are no help: models go cold between them. Then
-    halves the factor to the next rate that is not good enough; 0 where none is good enough."""
-    low, high = _GOODPUT_RATES[1], math.inf
-    while soon(low) < _GOOD_SHARE:
-        low, high = low / _GOODPUT_FACTOR, low
-        if low < _GOODPUT_RATES[0]:
-            return 0.0
-    for _ in range(_GOODPUT_HALVINGS if high < math.inf else 0):
-        middle = math.sqrt(low * high)
-        if soon(middle) >= _GOOD_SHARE:
-            low = middle
-        else:
-            high = middle
-    return low
+def _minutes(served: Sequence[Served]) -> Sequence[float | None]:
+    by_minute: dict[int, list[float]] = {}
+    for one in served:
+        by_minute.setdefault(int(one.at // _MINUTE_S), []).append(one.first_s)
+    return [
+        quantiles(by_minute[minute]).p90 if minute in by_minute else None
+        for minute in range(max(by_minute) + 1)
+    ]
 
 
 def _arrivals(case: Case, seed: int) -> Trace:
@@ -188,8 +190,8 @@ def _recorded(path: str) -> Trace:
     return read(Path(path))
 
 
-def _served(one: Outcome) -> Served:
+def _served(one: Outcome, begin: float) -> Served:
     ask = one.request.ask
-    if one.first_s is None or one.total_s is None:
-        return Served(ask.flow, ask.model, math.inf, math.inf)
-    return Served(ask.flow, ask.model, one.first_s, one.total_s)
+    first_s = math.inf if one.first_s is None else one.first_s
+    total_s = math.inf if one.total_s is None else one.total_s
+    return Served(ask.flow, ask.model, first_s, total_s, ask.at - begin)

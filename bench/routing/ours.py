@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from math import inf
 from random import Random
+from typing import NamedTuple
 
 from bench.routing.routers import Ask, Decision, Final, FleetView, Loaded
 from router.core.policy import Attempt, Target
-from router.core.pool import AGAIN_S, Lease, Pool
+from router.core.pool import AGAIN_S, Lease, Pool, Queued
 from router.core.types import (
     Model,
     NodeSpec,
@@ -24,8 +25,23 @@ from router.core.work import Work
 _DAY_S = 86_400.0  # the clock of a run starts here, so that no time of a node is before it
 
 
+class Guess(NamedTuple):
+    """How long something was expected to take, at `at`."""
+
+    at: float
+    expected_s: float
+
+
+class Outturn(NamedTuple):
+    """How long it was expected to take, and how long it did."""
+
+    expected_s: float
+    actual_s: float
+
+
 class Ours:
-    """A pool of ollamux, with no I/O around it."""
+    """A pool of ollamux, with no I/O around it. `waits` and `firsts` are how long requests that had
+    to wait did so, and how long the first tokens took of what was sent, beside what was told."""
 
     def __init__(
         self, view: FleetView, seed: int, policy: Policy, *, learns_slots: bool = False
@@ -47,6 +63,10 @@ class Ours:
                 for m in node.models
             }
             self._pool.observe(url, Observation(Sign.GOOD, "0.33.0", present=present), 0.0)
+        self.waits: list[Outturn] = []
+        self.firsts: list[Outturn] = []
+        self._waiting: dict[int, Guess] = {}
+        self._sent: dict[int, Guess] = {}
         self._asks: dict[Attempt, Ask] = {}
         self._attempts: dict[int, Attempt] = {}
         self._at: dict[int, tuple[int, int]] = {}
@@ -61,10 +81,19 @@ class Ours:
         self._asks[attempt], self._attempts[ask.number] = ask, attempt
         verdict = self._pool.submit(attempt, now)
         if isinstance(verdict, Lease):
-            self._send(verdict)
+            self._send(verdict, now)
+        elif isinstance(verdict, Queued):
+            self._waiting[ask.number] = Guess(now, verdict.expected_s)
+        else:
+            del self._asks[attempt], self._attempts[ask.number]
+            self._ready.append(Decision(ask, None))
 
-    def _send(self, lease: Lease) -> None:
+    def _send(self, lease: Lease, now: float) -> None:
         ask = self._asks[lease.attempt]
+        if guess := self._waiting.pop(ask.number, None):
+            self.waits.append(Outturn(guess.expected_s, now - guess.at))
+        if lease.expected_s is not None:
+            self._sent[ask.number] = Guess(now, lease.expected_s)
         node = self._urls.index(lease.node.url)
         self._at[ask.number] = node, lease.ahead
         self._ready.append(Decision(ask, node))
@@ -72,9 +101,11 @@ class Ours:
     def _collect(self, now: float) -> None:
         for one in self._pool.granted(now):
             assert isinstance(one, Lease), one
-            self._send(one)
+            self._send(one, now)
 
     def first(self, ask: Ask, now: float) -> None:
+        if guess := self._sent.pop(ask.number, None):
+            self.firsts.append(Outturn(guess.expected_s, now - guess.at))
         self._pool.began(self._attempts[ask.number], now)
 
     def ended(self, ask: Ask, final: Final, now: float) -> None:

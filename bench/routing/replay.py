@@ -57,8 +57,11 @@ def _filled(word: str, size: int) -> str:
 
 async def replay(url: str, requests: Sequence[Request], speed: float) -> Sequence[Served]:
     """One entry for each request, in seconds of the trace; infinite for what never came."""
-    served = [Served(one.ask.flow, one.ask.model, math.inf, math.inf) for one in requests]
     begin, end = requests[0].ask.at, requests[-1].ask.at
+    served = [
+        Served(one.ask.flow, one.ask.model, math.inf, math.inf, one.ask.at - begin)
+        for one in requests
+    ]
     loop = asyncio.get_running_loop()
     start = loop.time() + _SETTLE_S
 

@@ -14,6 +14,11 @@ _FLOOD_PROMPT, _FLOOD_ANSWER = 500, 800
 _SLOW_AT_S, _SLOW_S, _SLOW_PACE = 1200.0, 1200.0, 6.0
 _SLOW_NODE = "c-48"
 _ONE_MODEL = "llama3.1:8b"
+# From when to when there is trouble, in seconds.
+TROUBLE: Mapping[str, tuple[float, float]] = {
+    "flood": (_FLOOD_AT_S, _FLOOD_AT_S + _FLOOD_S),
+    "slow": (_SLOW_AT_S, _SLOW_AT_S + _SLOW_S),
+}
 # Sessions of the flood, far from those of any trace.
 _FAR = 10**9
 

@@ -18,7 +18,7 @@ from router.sim.runner import Event, EventKind, Job, Resident
 _POLL_S = 2.0
 _SHORTEST_SLEEP_S = 0.001
 # A router that leaves requests lying is not waited for longer than this after the last arrival.
-_PATIENCE_S = 4 * 3600.0
+PATIENCE_S = 4 * 3600.0
 
 
 class _What(enum.IntEnum):
@@ -75,7 +75,9 @@ class World:
         router: Router,
         requests: Sequence[Request],
         changes: Iterable[Change] = (),
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        self._patience_s = patience_s
         self._nodes = [Scheduler(spec) for spec in specs]
         self._models = [{one.name: one for one in spec.models} for spec in specs]
         self._router = router
@@ -97,9 +99,9 @@ class World:
             self._push(change.at, _What.CHANGE, change.node, pace=change.pace)
 
     def run(self) -> Run:
-        """Until every request has ended or was refused."""
+        """Until every request has ended or was refused, or patience has."""
         end = self._requests[-1].ask.at
-        while self._open and self._ticks[0].at < end + _PATIENCE_S:
+        while self._open and self._ticks[0].at < end + self._patience_s:
             self._serve(heapq.heappop(self._ticks))
         return Run(
             self._outcomes,
@@ -121,7 +123,7 @@ class World:
                     return
                 self._advance(tick.node, now)
             case _What.FIRST:
-                self._tell_first(tick.number, now)
+                self._tell_first(tick.node, tick.number, now)
             case _What.POLL:
                 self._poll(tick.node, now)
             case _What.ARRIVE:
@@ -145,9 +147,11 @@ class World:
         self._router.arrive(self._requests[number].ask, now)
         self._router_s += perf_counter() - started
 
-    def _tell_first(self, number: int, now: float) -> None:
+    def _tell_first(self, node: int, number: int, now: float) -> None:
+        request = self._requests[number]
+        self._outcomes[number] = Outcome(request, node, now - request.ask.at)
         started = perf_counter()
-        self._router.first(self._requests[number].ask, now)
+        self._router.first(request.ask, now)
         self._router_s += perf_counter() - started
 
     def _poll(self, node: int, now: float) -> None:
@@ -203,7 +207,7 @@ class World:
         if job is None:
             return
         if event.kind is EventKind.STARTED:
-            self._push(job.first_token_at, _What.FIRST, number=self._asks[job].number)
+            self._push(job.first_token_at, _What.FIRST, node, self._asks[job].number)
         elif event.kind is EventKind.DONE:
             self._end(node, self._asks.pop(job), job, now)
 

@@ -10,7 +10,7 @@ the rest is refused. Nothing here waits or looks at a clock: the caller passes `
 import enum
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from typing import NamedTuple, assert_never
 
 from router.sim.models import SimModel, SimSpec
@@ -37,7 +37,8 @@ class Scheduler:
     """Slots, loads, evictions and keep_alive of one node.
 
     `pace` multiplies the durations of all that starts from now on. Counters only grow: `loads`
-    (begun), `aborted_loads`, `evictions` (unloaded to make room), `refused`.
+    (begun), `aborted_loads`, `evictions` (unloaded to make room), `refused`, and the most that was
+    ever in flight at once: `peak_in_flight`, and `peaks` of each model.
     """
 
     def __init__(self, spec: SimSpec, now: float = 0.0) -> None:
@@ -46,10 +47,12 @@ class Scheduler:
         self.pace = 1.0
         self.in_flight = 0
         self.peak_in_flight = 0
+        self.peaks: Counter[str] = Counter()
         self.loads = 0
         self.aborted_loads = 0
         self.evictions = 0
         self.refused = 0
+        self._by_model: Counter[str] = Counter()
         self._runners: dict[str, Runner] = {}
         self._head: Job | None = None
         self._pending: deque[Job] = deque()
@@ -82,8 +85,7 @@ class Scheduler:
             job.phase = Phase.REFUSED
             self.refused += 1
             return False
-        self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self._count(job)
         if runner is not None and bypasses:
             self._give(job, runner, now)
         else:
@@ -338,7 +340,15 @@ class Scheduler:
         self._freed = True
         self._tell(EventKind.UNLOADED, now, runner.model)
 
+    def _count(self, job: Job) -> None:
+        name = job.model.name
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self._by_model[name] += 1
+        self.peaks[name] = max(self.peaks[name], self._by_model[name])
+
     def _end(self, job: Job, phase: Phase) -> None:
         job.phase = phase
         job.runner = None
         self.in_flight -= 1
+        self._by_model[job.model.name] -= 1

@@ -246,6 +246,7 @@ class SimNode:
         return {
             "in_flight": self.in_flight,
             "peak_in_flight": self.peak_in_flight,
+            "peaks": scheduler.peaks,
             "held": self.held,
             "loads": scheduler.loads,
             "aborted_loads": scheduler.aborted_loads,

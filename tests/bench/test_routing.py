@@ -14,15 +14,16 @@ from bench.routing.experiment import (
     Case,
     Sample,
     Served,
+    curve,
     figures,
-    highest,
     quantiles,
     requests,
     run,
 )
 from bench.routing.fleet import CARDS, COPIES, MODELS, Layout, fleet, view
 from bench.routing.generate import TRACES, generate
-from bench.routing.report import as_json, plot, tables
+from bench.routing.goodput import good, highest
+from bench.routing.report import as_json, tables
 from bench.routing.routers import Ask, Decision, Final, Loaded, ModelView, NodeView, Router
 from bench.routing.scenario import FLOOD, SCENARIOS, Change
 from bench.routing.trace import Row, Trace, duration_s, read, thin
@@ -335,8 +336,17 @@ def test_figures_are_pooled_without_the_flood_and_count_the_refused_as_for_ever(
     assert found.decision_us == pytest.approx(100)
     assert found.classes["70B"].p50 == 10
     assert "| least-in-flight | 11 / 19 / inf |" in tables([found])
+    assert "| 10 / 18 / 19 |" in tables([found])
     assert b"null" in as_json([found])
-    assert plot([], Path("nowhere")) == []
+
+
+def test_what_comes_after_the_quantiles_is_the_whole_distribution_and_each_minute() -> None:
+    served = [Served("t", "qwen3:4b", n, n, at=30.0 * n) for n in range(1, 6)]
+    served.append(Served("t", "qwen3:4b", 9.0, 9.0, at=400.0))
+    found = figures(Case("azure", 20), [Sample(served, 0, 1800, 6, 0.0)])
+    assert (found.curve[0], found.curve[100], found.curve[-1]) == (1, 3, 9)
+    assert len(curve([1.0])) == len(found.curve) == 201
+    assert found.minutes == [1, 3, 5, None, None, None, 9]
 
 
 def test_quantiles_of_one_time_are_that_time() -> None:
@@ -344,9 +354,21 @@ def test_quantiles_of_one_time_are_that_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "low", "high"), [(1000, 930, 1000), (50, 0, 0), (9999, 8000, 8000)]
+    ("limit", "low", "high"),
+    [(1000, 970, 1000), (2600, 2530, 2600), (100, 0, 0), (1e9, 9000, 10_000)],
 )
 def test_goodput_is_the_highest_rate_that_is_good_enough(
     limit: float, low: float, high: float
 ) -> None:
-    assert low <= highest(lambda rate: 1.0 if 300 < rate <= limit else 0.5) <= high
+    assert low <= highest(lambda rate: 100 < rate <= limit) <= high
+    assert highest(lambda rate: 2100 < rate < 2300) > 2100, "one that is bad ends no search"
+
+
+def test_a_rate_is_good_enough_where_nine_of_ten_begin_soon() -> None:
+    """The seeds are pooled: which of them is first does not matter."""
+    case = Case("azure", 300, router="least-in-flight")
+    pooled = figures(case, [run(case, seed) for seed in (1, 2)])
+    assert 0.5 < pooled.soon < 0.9
+    assert not good(case, (1, 2))
+    assert good(case, (1, 2), 0.5)
+    assert good(replace(case, router="ollamux"), (1, 2))

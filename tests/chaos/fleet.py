@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,22 @@ _LOWEST_PORT = 10_240
 
 @dataclass(frozen=True)
 class Speed:
-    """How nodes answer: seconds to load a model, tokens per second, fewest and most tokens."""
+    """How nodes answer: seconds to load a model, tokens per second, fewest and most tokens, and
+    which models are loaded from the start."""
 
     load_s: float = 0.1
     decode_tps: float = 50.0
     tokens: tuple[int, int] = (10, 30)
     slots: int = 64
+    prefill_tps: float = inf
+    warm: Sequence[str] = ()
 
     @property
     def options(self) -> Sequence[str]:
         low, high = self.tokens
         return (
-            f"--load-s={self.load_s}", f"--decode-tps={self.decode_tps}", "--prefill-tps=inf",
+            f"--load-s={self.load_s}", f"--decode-tps={self.decode_tps}",
+            f"--prefill-tps={self.prefill_tps}", f"--warm={','.join(self.warm)}",
             f"--min-tokens={low}", f"--max-tokens={high}", f"--num-parallel={self.slots}",
             "--memory-gb=4000", "--max-loaded=8", f"--models={','.join(MODELS)}",
         )  # fmt: skip

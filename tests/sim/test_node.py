@@ -77,6 +77,7 @@ def test_cold_job_loads_then_reads_then_writes() -> None:
     assert (one.arrived, one.ready_at, one.started) == (0, 10, 10)
     assert (one.first_token_at, one.finish_at, one.token_at(100)) == (11, 13, 12)
     assert (node.loads, node.in_flight, node.peak_in_flight) == (1, 0, 1)
+    assert node.peaks == {A.name: 1}
 
 
 def test_time_of_an_event_does_not_depend_on_when_it_is_read() -> None:
