@@ -15,7 +15,7 @@ from router.core.node import fits
 from router.core.policy import Target
 from router.core.pool import Pool
 from router.core.types import Rejected
-from router.core.work import NO_WORK, Work
+from router.core.work import NO_INFERENCE, NO_WORK, Work
 from router.dispatch import Clock, Refused
 from router.downstream import Reply, Request
 from router.errors import ClientError, UpstreamError
@@ -118,6 +118,8 @@ class Proxy:
         """What is to be known of a request where it may have to wait for its turn."""
         if not self.pool.schedules:
             return NO_WORK
+        if not route.infers:
+            return NO_INFERENCE
         return flows.work(
             request, report, route, body, self.means.settings.flows, self.clock(),
             at_least=self.pool.at_least,

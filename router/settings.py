@@ -197,8 +197,8 @@ class Routing(_Section):
     """How a node is chosen."""
 
     policy: Annotated[Policy, Field(strict=False)] = Field(
-        Policy.LEAST_IN_FLIGHT,
-        description="least in flight for its slots and weight, or the least expected delay",
+        Policy.EXPECTED_DELAY,
+        description="least expected delay, or least in flight for its slots and weight",
     )
     digest: Annotated[Digest, Field(strict=False)] = Field(
         Digest.ANY, description="which nodes may be asked where a name has several digests"

@@ -19,6 +19,9 @@ from router.settings import Config
 from router.sim import GB, SimModel, SimNode, SimSpec
 
 MODEL = "llama3:8b"
+# The node with the least in flight is asked, in turn among equals, whatever it has in its memory,
+# and nothing waits here.
+LEAST: Mapping[str, Any] = {"policy": "least-in-flight"}
 # Nothing takes time unless a test asks for it.
 _AT_ONCE = {"load_s": 0.0, "prefill_tps": inf, "decode_tps": inf}
 

@@ -19,7 +19,7 @@ from router.app import App
 from router.metrics import CONTENT_TYPE
 from router.sim import Fault, FaultKind, SimNode
 from tests.process import entry, serving, settings, write
-from tests.rig import MODEL, Rig, model, parsed, rig, spec, talk
+from tests.rig import LEAST, MODEL, Rig, model, parsed, rig, spec, talk
 
 TOKEN = "hush-hush"
 
@@ -264,7 +264,7 @@ async def answered_by(r: Rig, **fields: Any) -> str:
 
 
 async def test_a_drained_node_finishes_what_it_has_and_gets_no_more() -> None:
-    async with rig(spec(), spec()) as r:
+    async with rig(spec(), spec(), routing=LEAST) as r:
         r.nodes[0].fault = Fault(FaultKind.STALL, after=1, times=1)
         async with r.chat(model=f"{MODEL}@n1") as running:
             await running.content.readline()
@@ -566,7 +566,7 @@ async def test_what_waiting_would_bring_is_told_of_later_pools() -> None:
         first, second = ([one] for one in r.settings["nodes"])
         pools = [
             {"name": "a", "nodes": first, "policy": "expected-delay", "spill_after_s": 20},
-            {"name": "b", "nodes": second},
+            {"name": "b", "nodes": second, "policy": "least-in-flight"},
         ]
         others = {key: value for key, value in r.settings.items() if key != "nodes"}
         r.app.reconfigure(parsed({**others, "pools": pools}))
@@ -602,7 +602,7 @@ async def test_a_flow_is_explained_with_the_priority_it_is_configured_to_have() 
 
 
 async def test_without_a_wait_to_tell_of_none_is_told() -> None:
-    async with rig(spec(), spec(), breaker={"jitter": 0.0}) as r:
+    async with rig(spec(), spec(), breaker={"jitter": 0.0}, routing=LEAST) as r:
         _, told = await explained(r)
         assert (told["policy"], told["verdict"]) == ("least-in-flight", "now")
         assert (told["node"], told["reason"]) == ("n1", "least-in-flight")

@@ -338,7 +338,8 @@ async def test_a_listener_outlives_the_last_descriptor(tmp_path: Path) -> None:
 @contextlib.asynccontextmanager
 async def busy(most: int = 1) -> AsyncIterator[Rig]:
     """A router that answers as many requests as it may."""
-    async with rig(limits={"max_in_flight": most}) as r, contextlib.AsyncExitStack() as stack:
+    node, limits = spec(num_parallel=most, warm=(MODEL,)), {"max_in_flight": most}
+    async with rig(node, limits=limits) as r, contextlib.AsyncExitStack() as stack:
         r.nodes[0].fault = Fault(FaultKind.HANG, times=most)
         clients = [await stack.enter_async_context(talk(r.url)) for _ in range(most)]
         for client in clients:

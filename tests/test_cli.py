@@ -462,7 +462,7 @@ async def test_explain_prints_what_each_node_would_cost(
         assert cells(third)[1:] == ["-"] * 4
         assert note == "n3: does not have the model"
         assert await explain(r.admin, f"{MODEL}@n1", "--num-ctx", "8192") == 0
-        assert capsys.readouterr().out.startswith(f"{MODEL} gets n1 now: load (expected-delay)\n")
+        assert capsys.readouterr().out.startswith(f"{MODEL} gets n1 now: pinned (expected-delay)")
 
 
 WEIGHED = {"name": "n1", "barred": None, "total_s": 2.0, "wait_s": 1.5, "load_s": 0.0}

@@ -332,7 +332,8 @@ async def test_a_stream_waits_for_a_second_node_that_is_full() -> None:
 
 async def test_many_streams_of_a_node_that_dies_all_go_on() -> None:
     expected = await uninterrupted(CHAT, {})
-    many = [spec(answer_tokens=(TOKENS, TOKENS), num_parallel=100) for _ in range(3)]
+    tokens = (TOKENS, TOKENS)
+    many = [spec(answer_tokens=tokens, num_parallel=20, warm=(MODEL,)) for _ in range(3)]
     async with rig(*many) as r:
         r.nodes[0].fault = Fault(K.STALL, after=3)
         async with asyncio.TaskGroup() as group:
@@ -370,7 +371,7 @@ async def test_a_client_that_reads_late_gets_every_record_once() -> None:
 
 async def test_who_has_kept_its_text_longest_loses_it_first() -> None:
     sent = json.dumps(asked(CHAT)).encode()
-    long = [spec(answer_tokens=(110, 110)) for _ in range(2)]
+    long = [spec(answer_tokens=(110, 110), warm=(MODEL,)) for _ in range(2)]
     limits = {"max_buffered_bytes": 15_000}  # a record has more than a hundred
     async with rig(*long, limits=limits) as r, asyncio.TaskGroup() as group:
         old, new = r.nodes

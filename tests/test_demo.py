@@ -24,7 +24,7 @@ async def test_once_prints_the_answer_who_gave_it_and_where_to_go_on() -> None:
     answer, node, why = found.groups()
     assert len(answer.split()) > 5
     assert node in urls
-    assert why == "least-in-flight"
+    assert why == "load"
     assert re.search(
         r"^clients  (http://\S+)    \(OLLAMA_HOST=\1 ollama list\)$", out, re.MULTILINE
     )

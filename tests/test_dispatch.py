@@ -31,12 +31,12 @@ from router.dispatch import Clock, Dispatch, Refused
 from router.errors import UpstreamError
 
 KEY, OTHER = "llama3:8b", "phi:latest"
-NODE = NodeSpec("n1", "http://n1:11434", "http", "n1", 11434)
+NODE = NodeSpec("n1", "http://n1:11434", "http", "n1", 11434, slots=100)
 
 
 class Books:
-    """A pool of one node, and the flips and failures that its dispatch has told. Nobody waits
-    for the end of a back-off, unless it is set."""
+    """A pool of one node with room for all, and the flips and failures that its dispatch has told.
+    Nobody waits for the end of a back-off, unless it is set."""
 
     def __init__(self, clock: Clock = lambda: 7.0, back_off_s: float = 1000.0) -> None:
         self.flips: list[Flip] = []
@@ -44,7 +44,8 @@ class Books:
         rules = Resilience(back_off_s=back_off_s, back_off_max_s=1000.0, resets=2)
         self.pool = Pool(Topology((PoolSpec("default", (NODE,)),), resilience=rules), 0.0)
         present = {key: Model(key, "", {}) for key in (KEY, OTHER)}
-        self.pool.observe(NODE.url, Observation(Sign.GOOD, "0.33.0", present=present), 0.0)
+        seen = Observation(Sign.GOOD, "0.33.0", present=present, resident=present)
+        self.pool.observe(NODE.url, seen, 0.0)
         self.dispatch = Dispatch(self.pool, self.flips.append, clock, self._failed)
 
     def _failed(self, node: NodeSpec, failure: Failure) -> None:

@@ -258,8 +258,8 @@ async def test_a_node_that_stays_busy_says_so_itself() -> None:
     busy_s = {"busy_s": 0.01}
     async with rig(spec(model(load_s=1e6), max_queue=1), timeouts=busy_s) as r:
         node = r.nodes[0]
-        async with talk(r.url) as first, talk(r.url) as second:
-            for client in (first, second):
+        async with talk(node.url) as first, talk(node.url) as second:
+            for client in (first, second):  # past the router, which would have one of them wait
                 await client.post("/api/chat", body("/api/chat", stream=True))
             await node.until(lambda: node.scheduler.in_flight == 2)
             answer = await ask(r, "/api/chat")

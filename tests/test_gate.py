@@ -254,7 +254,7 @@ async def test_each_request_has_one_line_with_every_field() -> None:
         assert line == {
             "event": "request", "level": "info", "id": identity, "client": "127.0.0.1",
             "method": "POST", "endpoint": "/api/chat", "model": MODEL, "node": "n1",
-            "reason": "only-node", "attempts": 1, "prompt_tokens": 7, "status": 200,
+            "reason": "load", "attempts": 1, "prompt_tokens": 7, "status": 200,
             "outcome": "ok",
         }  # fmt: skip
 
@@ -350,7 +350,7 @@ async def test_neither_prompts_nor_keys_are_ever_told() -> None:
 
 
 async def test_idle_waits_for_the_last_request() -> None:
-    async with rig() as r:
+    async with rig(spec(num_parallel=2, warm=(MODEL,))) as r:
         gate = r.app._gate
         await gate.idle()
         r.nodes[0].fault = Fault(FaultKind.HANG)

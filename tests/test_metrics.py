@@ -78,11 +78,11 @@ FAMILIES: Mapping[str, tuple[str, set[str]]] = {
     "ollamux_node_model_prefill_tokens_per_second": ("gauge", set()),  # nothing of these either
     "ollamux_node_model_decode_tokens_per_second": ("gauge", set()),
     "ollamux_node_model_load_seconds": ("gauge", set()),
-    "ollamux_cold_loads": ("counter", set()),  # nobody plans with memory
-    "ollamux_reloads": ("counter", set()),
-    "ollamux_evictions": ("counter", set()),
-    "ollamux_first_byte_seconds": ("histogram", set()),
-    "ollamux_first_byte_expected_seconds": ("histogram", set()),
+    "ollamux_cold_loads": ("counter", {"cause", "node"}),
+    "ollamux_reloads": ("counter", {"cause", "node"}),
+    "ollamux_evictions": ("counter", {"node"}),
+    "ollamux_first_byte_seconds": ("histogram", {"reason"}),
+    "ollamux_first_byte_expected_seconds": ("histogram", {"reason"}),
     "ollamux_node_in_flight": ("gauge", {"node"}),
     "ollamux_node_model_slots": ("gauge", set()),  # nothing was learned
     "ollamux_node_slots": ("gauge", {"node"}),
@@ -180,7 +180,7 @@ async def test_a_request_is_counted_where_it_went() -> None:
         name = "ollamux_completion_tokens_total"
         assert value(samples, name, **where, source="node") == tokens
         assert value(samples, name, **where, source="chunks") == 0
-        assert value(samples, "ollamux_decisions_total", reason="only-node") == 1
+        assert value(samples, "ollamux_decisions_total", reason="load") == 1
         assert total(samples, "ollamux_model_load_seconds_count") == 0, "it took no time"
 
 

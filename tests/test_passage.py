@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from router.sim import Fault, FaultKind
-from tests.rig import MODEL, Answer, Peer, Rig, model, rig, scripted, spec, talk
+from tests.rig import LEAST, MODEL, Answer, Peer, Rig, model, rig, scripted, spec, talk
 from tests.test_metrics import scrape, total
 
 K = FaultKind
@@ -393,7 +393,11 @@ async def test_a_node_that_is_full_gets_nothing_new_of_that_model() -> None:
 
 
 async def test_it_gets_requests_again_once_one_of_its_own_has_ended() -> None:
-    async with rig(spec(), spec(), breaker=backs_off()) as r, asyncio.TaskGroup() as group:
+    backs = backs_off()
+    async with (
+        rig(spec(), spec(), breaker=backs, routing=LEAST) as r,
+        asyncio.TaskGroup() as group,
+    ):
         r.nodes[0].fault = Fault(K.STALL, after=2, times=1)
         r.nodes[0].faults.add(full(times=1))
         running = group.create_task(ask(r))
@@ -415,7 +419,8 @@ async def test_it_gets_requests_again_once_one_of_its_own_has_ended() -> None:
 
 
 async def test_where_nothing_else_is_eligible_a_request_waits_for_room() -> None:
-    async with rig(breaker=backs_off()) as r, asyncio.TaskGroup() as group:
+    wide = spec(num_parallel=5)
+    async with rig(wide, breaker=backs_off()) as r, asyncio.TaskGroup() as group:
         node = r.nodes[0]
         node.fault = Fault(K.STALL, after=2, times=1)
         node.faults.add(full(times=1))
@@ -486,8 +491,8 @@ async def test_a_wait_for_room_does_not_count_against_the_node() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_while_it_waits_leaves_nothing_behind(*, stream: bool) -> None:
-    before = asyncio.all_tasks()
-    async with rig(breaker=backs_off()) as r:
+    before, node = asyncio.all_tasks(), spec(num_parallel=5, warm=(MODEL,))
+    async with rig(node, breaker=backs_off()) as r:
         r.nodes[0].fault = full()
         async with contextlib.AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(talk(r.url)) for _ in range(5)]
@@ -561,7 +566,7 @@ async def test_a_node_that_does_not_have_a_model_is_asked_what_it_has() -> None:
 
 
 async def test_a_node_that_answers_500_at_once_gets_hardly_a_request() -> None:
-    async with rig(spec(), spec(), spec(), breaker=backs_off()) as r:
+    async with rig(spec(), spec(), spec(), breaker=backs_off(), routing=LEAST) as r:
         r.nodes[0].fault = status(500)
         answers = [await ask(r, stream=False) for _ in range(150)]
         assert {answer.status for answer in answers} == {200}
@@ -570,7 +575,7 @@ async def test_a_node_that_answers_500_at_once_gets_hardly_a_request() -> None:
 
 
 async def test_afterwards_it_gets_its_trials_only() -> None:
-    async with rig(spec(), spec(), spec(), breaker=backs_off(0.01, 0.1)) as r:
+    async with rig(spec(), spec(), spec(), breaker=backs_off(0.01, 0.1), routing=LEAST) as r:
         r.nodes[0].fault = status(500)
         answers = [await ask(r, stream=False) for _ in range(300)]
         assert {answer.status for answer in answers} == {200}
@@ -643,7 +648,8 @@ async def test_an_error_whose_text_does_not_come_is_not_waited_for() -> None:
 
 
 async def test_without_a_budget_a_nodes_own_error_goes_through() -> None:
-    async with rig(spec(), spec(), retry={"budget": 0, "budget_least": 1}) as r:
+    retry = {"budget": 0, "budget_least": 1}
+    async with rig(spec(), spec(), retry=retry, routing=LEAST) as r:
         r.nodes[0].fault = status(500, "out of memory")
         first = await ask(r)
         assert (first.status, first.header("X-Ollamux-Attempts")) == (200, "2")
@@ -671,7 +677,7 @@ SLOW_MODEL = "slow:70b"
 
 async def test_a_model_may_have_limits_of_its_own() -> None:
     limits = {"models": {"slow*": {"first_byte_s": 0.03}}}
-    both = spec(model(), model(SLOW_MODEL))
+    both = spec(model(), model(SLOW_MODEL), warm=(MODEL, SLOW_MODEL))
     async with rig(both, timeouts=limits) as r, asyncio.TaskGroup() as group:
         node = r.nodes[0]
         node.fault = Fault(K.HANG)
@@ -725,7 +731,7 @@ async def test_as_long_as_it_answers_probes_its_silence_is_work() -> None:
 
 def fast() -> Any:
     """A node whose answers take some time, so that its speed can be known."""
-    return spec(model(decode_tps=20_000), answer_tokens=(4, 4))
+    return spec(model(decode_tps=20_000), answer_tokens=(4, 4), num_parallel=2)
 
 
 async def learnt(r: Rig) -> None:

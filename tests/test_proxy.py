@@ -15,7 +15,7 @@ from router.core import dialect
 from router.core.dialect import VIA, Kind
 from router.core.types import Model, Observation, Sign
 from router.sim import Fault, FaultKind, SimNode
-from tests.rig import MODEL, Peer, Rig, model, parsed, rig, scripted, spec, talk
+from tests.rig import LEAST, MODEL, Peer, Rig, model, parsed, rig, scripted, spec, talk
 
 HELLO: Mapping[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 ROUTED = [
@@ -410,7 +410,7 @@ async def test_a_cloud_model_goes_to_any_node_that_is_up(name: str) -> None:
 async def test_models_that_a_node_may_not_be_used_for_are_not_there() -> None:
     entries = [{"models": ["llama3*", "!*:70b"]}, {}]
     many = spec(model(), model("llama3:70b"), model("phi"))
-    async with rig(many, many, entries=entries) as r:
+    async with rig(many, many, entries=entries, routing=LEAST) as r:
         for name, nodes in ((MODEL, {"n1", "n2"}), ("llama3:70b", {"n2"}), ("phi", {"n2"})):
             found = {(await ask(r, name))[1]["X-Ollamux-Node"] for _ in range(4)}
             assert found == nodes
@@ -477,7 +477,7 @@ async def test_a_node_that_refuses_connections_is_passed_over_and_marked_down() 
         assert headers["X-Ollamux-Attempts"] == "3"
         assert [node.up for node in r.app.pool.snapshot()] == [False, False, True]
         status, headers, _ = await ask(r, MODEL)
-        assert (headers["X-Ollamux-Attempts"], headers["X-Ollamux-Reason"]) == ("1", "only-node")
+        assert (headers["X-Ollamux-Attempts"], headers["X-Ollamux-Reason"]) == ("1", "warm")
         flips = [(line["event"], line["node"]) for line in r.lines if line["event"] != "request"]
         assert flips[3:] == [("node down", "n1"), ("node down", "n2")], "once each"
         assert 'ollamux_retries_total{endpoint="/api/chat"} 2.0' in await r.metrics()
@@ -617,7 +617,7 @@ async def test_a_client_that_leaves_cancels_upstream_at_once(
 
 
 async def test_a_client_that_leaves_the_queue_of_a_node_frees_its_place() -> None:
-    async with rig(spec(model(decode_tps=1e-6))) as r:
+    async with rig(spec(model(decode_tps=1e-6)), routing=LEAST) as r:
         node = r.nodes[0]
         body = json.dumps({"model": MODEL, **HELLO}).encode()
         async with talk(r.url) as running, talk(r.url) as queued:
@@ -635,7 +635,8 @@ async def test_a_client_that_leaves_the_queue_of_a_node_frees_its_place() -> Non
 
 async def test_many_clients_that_leave_at_once_leave_nothing_behind() -> None:
     before = asyncio.all_tasks()
-    async with rig(spec(num_parallel=64), spec(num_parallel=64)) as r:
+    nodes = [spec(num_parallel=30, warm=(MODEL,)) for _ in range(2)]
+    async with rig(*nodes) as r:
         for node in r.nodes:
             node.fault = Fault(FaultKind.STALL, after=2)
         async with contextlib.AsyncExitStack() as stack:
@@ -694,18 +695,19 @@ async def held(r: Rig, count: int) -> Any:
 async def test_load_is_shared_by_slots_and_weight(
     entries: Sequence[Mapping[str, Any]], count: int, expected: list[int]
 ) -> None:
-    async with rig(*(spec() for _ in entries), entries=entries) as r, held(r, count):
+    nodes = [spec() for _ in entries]
+    async with rig(*nodes, entries=entries, routing=LEAST) as r, held(r, count):
         assert in_flight(r) == expected
 
 
 async def test_ties_rotate() -> None:
-    async with rig(spec(), spec(), spec()) as r:
+    async with rig(spec(), spec(), spec(), routing=LEAST) as r:
         nodes = [(await ask(r, MODEL))[1]["X-Ollamux-Node"] for _ in range(9)]
         assert nodes == ["n1", "n2", "n3"] * 3
 
 
 async def test_pools_are_tried_in_order() -> None:
-    async with rig(spec(), spec(model(), model("big"))) as r:
+    async with rig(spec(), spec(model(), model("big")), routing=LEAST) as r:
         entries = [{"name": f"n{n + 1}", "url": node.url} for n, node in enumerate(r.nodes)]
         pools = [{"name": f"p{n + 1}", "nodes": [entry]} for n, entry in enumerate(entries)]
         settings = {key: value for key, value in r.settings.items() if key != "nodes"}
@@ -730,7 +732,7 @@ _VARYING = re.compile(rb'"(created_at":"[^"]*"|[a-z_]+_duration":[0-9]+)')
 
 
 async def test_a_burst_is_spread_evenly_and_every_byte_is_the_nodes() -> None:
-    async with rig(*(spec(num_parallel=64) for _ in range(4))) as r:
+    async with rig(*(spec(num_parallel=64) for _ in range(4)), routing=LEAST) as r:
         spread: Counter[int] = Counter()
 
         async def watch() -> None:

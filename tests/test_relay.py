@@ -52,7 +52,7 @@ Act = Callable[[Peer], Awaitable[None]]
 @asynccontextmanager
 async def front(act: Act, **sections: Any) -> AsyncIterator[tuple[Rig, Talk]]:
     """A router in front of one node that acts as told, and a client of it."""
-    async with scripted(act) as url, rig(entries=[{"url": url}], **sections) as r:
+    async with scripted(act) as url, rig(entries=[{"url": url, "slots": 2}], **sections) as r:
         async with talk(r.url) as client:
             yield r, client
         await r.until(lambda: r.app.pool.in_flight == 0)
@@ -177,7 +177,7 @@ async def test_what_chose_the_node_stands_in_the_headers() -> None:
                 "X-Ollamux-Model": MODEL,
                 "X-Ollamux-Request-Id": r.requests[0]["id"],
                 "X-Ollamux-Attempts": "1",
-                "X-Ollamux-Reason": "only-node",
+                "X-Ollamux-Reason": "load",
             }
 
 

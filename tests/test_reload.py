@@ -19,7 +19,7 @@ from router import log
 from router.daemon import Daemon
 from router.sim import Fault, FaultKind, SimNode
 from tests.process import Output, Router, entry, overwrite, remove, serving, settings, write
-from tests.rig import MODEL, model, parsed, spec
+from tests.rig import MODEL, parsed, spec
 
 BROKEN = b"nodes:\n  - url: ftp://n1\n    slots: none\ncolour: blue\n"
 RESULT = "ollamux_config_reloads_total"
@@ -374,7 +374,7 @@ def constant(stream: bytes) -> bytes:
 
 
 async def test_fifty_streams_run_through_reloads_with_every_byte_right(path: Path) -> None:
-    wide = spec(model(), num_parallel=64)
+    wide = spec(num_parallel=25, warm=(MODEL,))
     async with SimNode(wide) as one, SimNode(wide) as two, SimNode(wide) as three:
         stall = Fault(FaultKind.STALL, path="/api/chat", after=3)
         write(path, settings(one, two))

@@ -7,7 +7,7 @@ from typing import Any
 import ollama
 import pytest
 
-from tests.rig import MODEL, Rig, model, parsed, rig, scripted, spec, talk
+from tests.rig import LEAST, MODEL, Rig, model, parsed, rig, scripted, spec, talk
 
 
 async def ask(r: Rig, method: str, path: str, **body: Any) -> tuple[int, str, Any]:
@@ -83,7 +83,7 @@ async def test_the_lists_under_a_pin_are_those_of_the_node() -> None:
 
 
 async def test_a_pool_is_pinned_by_its_name() -> None:
-    async with rig(spec(), spec(), spec()) as r:
+    async with rig(spec(), spec(), spec(), routing=LEAST) as r:
         urls = [node.url for node in r.nodes]
         pools = [{"name": "front", "nodes": urls[:1]}, {"name": "back", "nodes": urls[1:]}]
         settings = {key: value for key, value in r.settings.items() if key != "nodes"}
@@ -369,7 +369,7 @@ async def test_a_digest_conflict_is_logged_once_and_shown_while_it_lasts() -> No
 async def test_a_digest_rule_says_who_is_asked_and_what_is_listed(
     rule: str, nodes: set[str], shown: str
 ) -> None:
-    async with differing(routing={"digest": rule}) as r:
+    async with differing(routing={**LEAST, "digest": rule}) as r:
         asked = set()
         for _ in range(3):
             _, node, _ = await ask(r, "POST", "/api/chat", model=MODEL, **HELLO)

@@ -351,7 +351,7 @@ def test_a_mistake_in_a_node_is_told_once(entry: str, expected: str) -> None:
         ("probe:", "2:7: probe: is empty: give a value or remove it"),
         (
             "routing: {policy: random}",
-            "2:19: routing.policy: accepted: 'least-in-flight' or 'expected-delay', found 'random'",
+            "2:19: routing.policy: accepted: 'expected-delay' or 'least-in-flight', found 'random'",
         ),
         ("routing: {warm: [x]}", f"2:17: routing.warm: {MAPPING}"),
         ("routing: {warm: {x: -1}}", "2:21: routing.warm.x: at least 0 is expected, found -1"),

@@ -70,6 +70,18 @@ async def test_a_request_for_a_busy_model_blocks_none_for_an_idle_one() -> None:
         assert (await first).status == (await second).status == 200
 
 
+async def test_what_needs_no_slot_waits_for_none() -> None:
+    async with rig(node(), routing=WAITS) as r, asyncio.TaskGroup() as group:
+        r.nodes[0].fault = Fault(K.HANG, path="/api/chat", times=1)
+        first = group.create_task(ask(r))
+        await r.until(lambda: r.nodes[0].held == 1)
+        async with r.session.post(f"{r.url}/api/show", json={"model": MODEL}) as shown:
+            assert shown.status == 200
+            assert "template" in await shown.json()
+        r.nodes[0].release()
+        assert (await first).status == 200
+
+
 async def test_a_client_that_leaves_while_it_waits_is_forgotten_at_once() -> None:
     async with rig(node(), routing=WAITS) as r, asyncio.TaskGroup() as group:
         r.nodes[0].fault = Fault(K.HANG, times=1)
@@ -419,7 +431,8 @@ async def test_who_has_waited_long_enough_is_answered_by_the_next_pool() -> None
 
 async def test_pools_have_policies_of_their_own() -> None:
     async with rig(node(), node()) as r, asyncio.TaskGroup() as group:
-        pools(r, {"policy": "expected-delay", "spill_after_s": 0.01}, {})
+        later = {"policy": "least-in-flight"}
+        pools(r, {"policy": "expected-delay", "spill_after_s": 0.01}, later)
         await r.look()
         for each in r.nodes:
             each.fault = Fault(K.HANG, times=3)

@@ -25,11 +25,13 @@ from bench.relay.servers import (
     OLLAMUX,
     Running,
     Server,
+    ollamux,
     raise_descriptor_limit,
     running,
     started,
     wait_ready,
 )
+from router.core.types import Policy
 
 _PORT, _EMITTER_PORT = 18435, 18434
 _UPSTREAM = f"http://127.0.0.1:{_EMITTER_PORT}"
@@ -178,7 +180,7 @@ def _table(servers: Sequence[Server], seen: Mapping[str, Mapping[str, list[float
         cells = [_cell(seen[name].get(row, []), unit) for name in names]
         ratios = ["", ""]
         if compared:
-            mine = _median(seen[OLLAMUX.name].get(row, []))
+            mine = _median(seen[OLLAMUX].get(row, []))
             theirs = (_median(seen[name].get(row, [])) for name in (NGINX.name, BASELINE.name))
             ratios = [f"{mine / value:.2f}" if value else "" for value in theirs]
         label = f"{row}, {unit}" if unit else row
@@ -209,11 +211,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=_PARTS, action="append", help="default: all parts")
+    parser.add_argument(
+        "--policy", choices=list(Policy), type=Policy, default=Policy.LEAST_IN_FLIGHT,
+        help="of ollamux; the default is what the figures in docs/benchmarks.md were measured with",
+    )  # fmt: skip
     parser.add_argument("--servers", help="comma-separated names; default: all that are installed")
     parser.add_argument("--other", action="append", default=[], type=_other)
     args = parser.parse_args()
     raise_descriptor_limit()
-    known = [OLLAMUX, NGINX, HAPROXY, BASELINE, *args.other]
+    known = [ollamux(args.policy), NGINX, HAPROXY, BASELINE, *args.other]
     wanted = args.servers.split(",") if args.servers else [server.name for server in known]
     servers = [server for server in known if server.name in wanted]
     for server in [server for server in servers if not server.installed]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+OLLAMUX = "ollamux"
 SERVER_CORE, LOAD_CORE = "0", "1"
 _READY_S = 20
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -66,14 +67,20 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _ollamux(port: int, upstream: str, folder: Path) -> Sequence[str]:
-    file = folder / "router.yaml"
-    file.write_text(
-        f"listen: 127.0.0.1:{port}\nadmin: 127.0.0.1:{port + 1}\n"
-        f"nodes:\n  - {{name: bench, url: '{upstream}', slots: 100000}}\n"
-        "log: {format: json, level: info, requests: true}\n"
-    )
-    return [sys.executable, "-m", "router", "serve", "--config", str(file)]
+def ollamux(policy: str) -> Server:
+    """The relay: whatever chooses the node, there is one, and nothing waits for it."""
+
+    def command(port: int, upstream: str, folder: Path) -> Sequence[str]:
+        file = folder / "router.yaml"
+        file.write_text(
+            f"listen: 127.0.0.1:{port}\nadmin: 127.0.0.1:{port + 1}\n"
+            f"nodes:\n  - {{name: bench, url: '{upstream}', slots: 100000}}\n"
+            f"routing: {{policy: {policy}}}\n"
+            "log: {format: json, level: info, requests: true}\n"
+        )
+        return [sys.executable, "-m", "router", "serve", "--config", str(file)]
+
+    return Server(OLLAMUX, command, _said(sys.executable, "-m", "router", "version"))
 
 
 def _baseline(port: int, upstream: str, folder: Path) -> Sequence[str]:
@@ -133,7 +140,6 @@ def _said(*command: str) -> Callable[[], str]:
     return ask
 
 
-OLLAMUX = Server("ollamux", _ollamux, _said(sys.executable, "-m", "router", "version"))
 BASELINE = Server(
     "aiohttp + aiohttp",
     _baseline,

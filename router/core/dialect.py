@@ -56,6 +56,7 @@ class Route:
     Ollama that first had it, none where the router answers or every version in use has it.
     `form`: its body is a multipart form. `content`: the field without which it only loads, or
     unloads. `options`: its body may hold those of a model, such as `num_ctx`.
+    `infers`: the model that it names has to run for it.
     """
 
     path: str
@@ -73,6 +74,7 @@ class Route:
     form: bool = False
     content: str = ""
     options: bool = False
+    infers: bool = True
 
 
 _AS_SHOWN = "model '{key}' not found"
@@ -97,7 +99,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/embed", _POST, _R, model_in=_M, missing=_TRY_PULLING, since=(0, 2, 6),
           content="input", options=True),
     Route("/api/embeddings", _POST, _R, model_in=_M, missing=_TRY_PULLING, options=True),
-    Route("/api/show", _POST, _R, model_in=_MN, missing=_AS_SHOWN),
+    Route("/api/show", _POST, _R, model_in=_MN, missing=_AS_SHOWN, infers=False),
     Route(
         "/v1/chat/completions", _POST, _R, _OPENAI, _M, streams=False, final=OPENAI_END,
         chunk=_UNFINISHED, asks_usage=True,
@@ -123,7 +125,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/v1/models/:model", _GET, _L, _OPENAI, missing=_AS_SHOWN),
     Route("/v1/audio/transcriptions", _POST, _R, _OPENAI, _M, since=(0, 20, 0), form=True),
     Route("/api/pull", _POST, _G, model_in=_MN, streams=True),
-    Route("/api/push", _POST, _R, model_in=_MN, streams=True, need=_PRIMARY),
+    Route("/api/push", _POST, _R, model_in=_MN, streams=True, need=_PRIMARY, infers=False),
     Route("/api/create", _POST, _G, model_in=_MN, streams=True),
     Route("/api/copy", _POST, _G, model_in=("source",), missing='model "{name}" not found'),
     Route("/api/delete", _DELETE, _G, model_in=_MN),

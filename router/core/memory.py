@@ -18,10 +18,17 @@ from router.core.work import Work
 _KEEP_ALIVE_S = 300.0
 DISK_TO_MEMORY = 1.2
 _AT_LEAST = 0.3  # of what is expected of an answer is always left
+_OVERDUE_MAX_S = 60.0  # or all that comes is refused at once for the sake of one long answer
 _LESS = 0.999  # of what did not fit
 _PER_GPU = 3  # models that Ollama keeps, unless it is told otherwise
 _LATE_S = 5.0  # and as long again as was expected: a load that takes longer waits for room
 _SETTLING_S = 3.0  # so long after its end a load may be missing in an answer of /api/ps
+
+
+def overdue_s(left_s: float) -> float:
+    """What should have been over for some time is thought to go on for as long again: it may hang,
+    and nobody is to wait for it for ever while another node is free. 0 for what is in time."""
+    return min(max(-left_s, 0.0), _OVERDUE_MAX_S)
 
 
 class Loads(msgspec.Struct):
@@ -45,7 +52,14 @@ class Run(msgspec.Struct, eq=False):
     ahead: int = 0
 
     def left_s(self, now: float) -> float:
-        return max(self.since + self.first_s + self.out_s - now, _AT_LEAST * self.out_s)
+        return max(self._until_s(now), _AT_LEAST * self.out_s)
+
+    def holds_s(self, now: float) -> float:
+        """For how long who waits has to think that it keeps its slot."""
+        return max(self.left_s(now), overdue_s(self._until_s(now)))
+
+    def _until_s(self, now: float) -> float:
+        return self.since + self.first_s + self.out_s - now
 
     def begin(self, now: float) -> None:
         """Its answer begins: what is left is the answer."""

@@ -307,8 +307,9 @@ class Pool:
             paid = self._is_open(attempt.answered, target, now)
             if paid and not self._budget.take(len(self._leases), self._ground.rules, now):
                 return Rejected(Refusal.BUDGET)
-        if found.nodes[0].schedules and target.model is not None and not target.model.cloud:
-            return self._schedule(attempt, target.model.key, now, paid=paid)
+        model, runs = target.model, attempt.work.infers
+        if found.nodes[0].schedules and runs and model is not None and not model.cloud:
+            return self._schedule(attempt, model.key, now, paid=paid)
         node = policy.pick(found.nodes, self._ground.rules, now)
         return self._lease(attempt, node, found.reason, now, paid=paid)
 

@@ -256,7 +256,7 @@ class Scheduler:
         attempt, key, loaded, node = one.attempt, one.key, seat.loaded, seat.node
         reason, load_s = seat.reason(attempt), 0.0
         first_s, out_s = self.scores.first_s(one, seat), self.scores.out_s(one, seat)
-        if loaded is None or reason is Reason.LOAD:
+        if loaded is None or seat.reloads(attempt.work):
             need, load_s = need_bytes(node, seat.memory, key), seat.cost.load_s
             loaded = seat.memory.load(key, need, attempt.work.num_ctx, now + load_s, now)
             one.load_s = load_s

@@ -10,7 +10,7 @@ import msgspec
 
 from router.core.demand import Demand
 from router.core.estimate import Cost, Lengths, cost, pace
-from router.core.memory import Loaded, Memory, Run
+from router.core.memory import Loaded, Memory, Run, overdue_s
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.prefix import BLOCK_TOKENS
@@ -89,6 +89,8 @@ class Seat:
 
     def reason(self, attempt: Attempt) -> Reason:
         """Why a request would go there."""
+        if attempt.target.pin is not None:
+            return Reason.PINNED
         if self.reloads(attempt.work):
             return Reason.LOAD
         return Reason.CACHED if self.known(attempt) else Reason.WARM
@@ -247,9 +249,16 @@ class Scores:
             return victims
         for one in victims:
             stays_s = _SETTLED_LOADS * self.cost(node, one.key).load_s
-            if one.key in self._queued or now - one.since < stays_s:
+            new = now - one.since < stays_s
+            if one.key in self._queued or (new and not self._at_rest(key)):
                 return None
         return victims
+
+    def _at_rest(self, key: str) -> bool:
+        """Whether nothing is at work anywhere, and nothing waits for another model: then whoever
+        asks for this one would wait for nothing."""
+        idle = not any(one.runs for m in self.memories.values() for one in m.loaded.values())
+        return idle and self._queued.keys() <= {key}
 
     def _loss_s(self, node: Node, victim: Loaded, now: float) -> float:
         """What it costs others that a model is driven out here."""
@@ -343,10 +352,12 @@ def _ends(node: Node, memory: Memory, loaded: Loaded, now: float) -> list[float]
     free = min(slots - len(loaded.runs), _ENDS_MAX)
     ends: list[float] = []
     if free < _ENDS_MAX:  # or nobody gets to see when those that run will end
-        ends = sorted((max(end, RUNNING_S) for end in loaded.ends(now)), reverse=True)[:slots]
+        runs = loaded.runs.values()
+        ends = sorted((max(run.holds_s(now), RUNNING_S) for run in runs), reverse=True)[:slots]
     ends += [0.0] * free
     if loaded.ready is not None:
-        left_s = max(loaded.ready - now, _LOADING_S)
+        left_s = loaded.ready - now
+        left_s = max(left_s, _LOADING_S, overdue_s(left_s))
         ends = [max(end, left_s) for end in ends]
     heapify(ends)
     return ends

@@ -86,8 +86,8 @@ class Digest(enum.StrEnum):
 class Policy(enum.StrEnum):
     """How a node is chosen among those that are eligible."""
 
-    LEAST_IN_FLIGHT = "least-in-flight"
     EXPECTED_DELAY = "expected-delay"
+    LEAST_IN_FLIGHT = "least-in-flight"
 
 
 class NumCtx(enum.StrEnum):
@@ -155,7 +155,7 @@ class Topology:
     pools: tuple[PoolSpec, ...]
     aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     placements: tuple[Placement, ...] = ()
-    policy: Policy = Policy.LEAST_IN_FLIGHT
+    policy: Policy = Policy.EXPECTED_DELAY
     digest: Digest = Digest.ANY
     num_ctx: NumCtx = NumCtx.AS_SENT
     warm: Mapping[str, int] = field(default_factory=dict)

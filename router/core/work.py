@@ -42,6 +42,8 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     `weight`: how much of the nodes its flow is to have, beside others. `deadline`: until when it
     has to have a node, on the clock of the pool. `body_bytes`: what is held while it waits.
     `at_least`: what it asks for may be raised to the context that the model is loaded for.
+    `infers`: the model has to run for it; what only asks about a model takes no slot, and waits
+    for none.
     """
 
     flow: str = ""
@@ -54,6 +56,8 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     weight: float = 1.0
     body_bytes: int = 0
     at_least: bool = False
+    infers: bool = True
 
 
 NO_WORK = Work()
+NO_INFERENCE = Work(infers=False)

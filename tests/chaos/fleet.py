@@ -26,12 +26,12 @@ _LOWEST_PORT = 10_240
 @dataclass(frozen=True)
 class Speed:
     """How nodes answer: seconds to load a model, tokens per second, fewest and most tokens, and
-    which models are loaded from the start."""
+    which models are loaded from the start. `slots`: so few that no node is enough for all."""
 
     load_s: float = 0.1
     decode_tps: float = 50.0
     tokens: tuple[int, int] = (10, 30)
-    slots: int = 64
+    slots: int = 4
     prefill_tps: float = inf
     warm: Sequence[str] = ()
 

@@ -12,7 +12,7 @@ from tests.chaos.link import Cut, Mode
 from tests.chaos.orders import SAFE, Kind
 from tests.chaos.scene import Scene, scene
 from tests.chaos.verdicts import Outcome
-from tests.rig import MODEL
+from tests.rig import LEAST, MODEL
 
 pytestmark = pytest.mark.chaos
 
@@ -128,7 +128,7 @@ async def test_where_all_nodes_are_busy_requests_wait(tmp_path: Path, seed: str)
 
 
 async def test_an_ejected_node_gets_single_trials(tmp_path: Path, seed: str) -> None:
-    async with scene(tmp_path, seed) as s:
+    async with scene(tmp_path, seed, routing=LEAST) as s:
         before = await s.quiet()
         bad = s.fleet["n2"]
         await bad.fault(kind="status", status=500, message="the runner was told to fail")
@@ -203,7 +203,7 @@ async def test_clients_that_vanish_leave_nothing_behind(tmp_path: Path, seed: st
 
 
 async def test_both_sides_count_the_same(tmp_path: Path, seed: str) -> None:
-    async with scene(tmp_path, seed, timeouts={"first_byte_s": 60}) as s:
+    async with scene(tmp_path, seed, routing=LEAST, timeouts={"first_byte_s": 60}) as s:
         for node in s.fleet.nodes:
             await node.fault(kind="hang")
         async with s.load(kinds=SAFE, workers=30, limit=30).running():

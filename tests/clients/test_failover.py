@@ -16,7 +16,7 @@ from tests.clients import test_openai_python as foreign
 from tests.clients.asked import ASKED, TOOL
 from tests.clients.pair import CHANGED
 from tests.clients.transcript import Step, play, step
-from tests.rig import MODEL, Rig, model, rig, spec
+from tests.rig import LEAST, MODEL, Rig, model, rig, spec
 
 K = FaultKind
 Run = Callable[[str, Sequence[Step]], Awaitable[list[Any]]]
@@ -166,7 +166,7 @@ async def test_the_javascript_clients_do_not_notice_that_a_node_dies(
     """Their first call is no stream and goes to the first node, their second is one."""
     embed = model("nomic-embed-text", embedding=True, context_length=2048, modified_at=CHANGED[1])
     whole = spec(model(modified_at=CHANGED[0]), embed, warm=(MODEL, embed.name))
-    async with SimNode(whole) as node, rig(whole, whole) as r:
+    async with SimNode(whole) as node, rig(whole, whole, routing=LEAST) as r:
         expected = await javascript.told(script, node.url)
         r.nodes[1].fault = Fault(K.DIE, path=path, after=3, times=1)
         got = await javascript.told(script, r.url)

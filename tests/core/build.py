@@ -13,6 +13,7 @@ from router.core.types import (
     NodeSpec,
     Observation,
     Placement,
+    Policy,
     PoolSpec,
     Rejected,
     Resilience,
@@ -91,6 +92,7 @@ def topology(
     up_after: int = 2,
     down_after: int = 3,
     rules: Resilience = RULES,
+    policy: Policy = Policy.LEAST_IN_FLIGHT,
 ) -> Topology:
     return Topology(
         pools=tuple(PoolSpec(f"pool-{i}", tuple(nodes)) for i, nodes in enumerate(pools)),
@@ -100,6 +102,7 @@ def topology(
         up_after=up_after,
         down_after=down_after,
         resilience=rules,
+        policy=policy,
     )
 
 

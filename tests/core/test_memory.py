@@ -742,13 +742,19 @@ def test_an_end_of_what_is_not_there_changes_nothing() -> None:
 
 def test_a_request_has_as_long_left_as_was_expected_and_at_least_some_of_its_answer() -> None:
     run = Run(since=10.0, first_s=10.0, out_s=10.0)
-    assert [run.left_s(now) for now in (10.0, 15.0, 27.0, 28.0, 500.0)] == [20, 15, 3, 3, 3]
+    assert [run.left_s(now) for now in (10.0, 15.0, 27.0, 28.0, 33.0)] == [20, 15, 3, 3, 3]
 
 
 def test_once_it_answers_only_the_answer_is_left() -> None:
     run = Run(since=10.0, first_s=80.0, out_s=10.0)
     run.begin(15.0)
-    assert [run.left_s(now) for now in (15.0, 20.0, 500.0)] == pytest.approx([10, 5, 3])
+    assert [run.left_s(now) for now in (15.0, 20.0, 25.0)] == pytest.approx([10, 5, 3])
+
+
+def test_what_is_overdue_is_thought_to_go_on_for_as_long_again() -> None:
+    run = Run(since=10.0, first_s=10.0, out_s=10.0)
+    assert [run.holds_s(now) for now in (10.0, 34.0, 70.0, 1000.0)] == [20, 4, 40, 60]
+    assert run.left_s(70.0) == 3.0
 
 
 def test_a_model_tells_when_each_of_its_requests_ends() -> None:

@@ -33,6 +33,7 @@ from router.core.types import (
     NodeView,
     Observation,
     Outcome,
+    Policy,
     PoolSpec,
     Reason,
     Refusal,
@@ -82,6 +83,7 @@ def topologies(draw: st.DrawFn) -> Topology:
         )
     return Topology(
         tuple(PoolSpec(f"pool-{i}", tuple(nodes)) for i, nodes in enumerate(pools)),
+        policy=Policy.LEAST_IN_FLIGHT,
         up_after=draw(st.integers(1, 3)),
         down_after=draw(st.integers(1, 3)),
         resilience=RULES,

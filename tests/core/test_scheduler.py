@@ -96,10 +96,13 @@ class Yard:
         blocks: Sequence[int] = (), ctx: int | None = None, flow: str = "",
         priority: Priority = Priority.NORMAL, within_s: float = inf, weight: float = 1.0,
         tried: Sequence[str] = (), digest: str = "", answered: str = "", body_bytes: int = 0,
+        infers: bool = True,
     ) -> str:  # fmt: skip
         """A request whose name begins with its model; what comes of it."""
         deadline = self.now + within_s
-        work = Work(flow, tokens, blocks, out, ctx, priority, deadline, weight, body_bytes)
+        work = Work(
+            flow, tokens, blocks, out, ctx, priority, deadline, weight, body_bytes, infers=infers
+        )
         left, pinned = split_pin(name[0] + (f"@{pin}" if pin else ""))
         one = Attempt(
             Target(parse(left), pinned, left), frozenset(map(url, tried)), digest, answered, work
@@ -193,6 +196,22 @@ def test_a_load_is_better_than_a_long_wait() -> None:
     assert yard.ask("x2") == "a load"
 
 
+def test_nobody_waits_for_ever_for_what_may_hang() -> None:
+    yard = Yard(a=Has(), b=Has("x"))
+    yard.ask("x1")
+    assert yard.ask("x2") == "waits 1.00"
+    assert yard.settle(1.5) == {}
+    assert yard.settle(PRICE_S) == {"x2": "a load"}
+
+
+def test_nor_for_a_load_that_may() -> None:
+    yard = Yard(a=Has(slots=2), b=Has(slots=2))
+    assert yard.ask("x1") == "a load"
+    assert yard.ask("x2").startswith("waits")
+    assert yard.settle(1.0) == {}
+    assert yard.settle(3 * PRICE_S) == {"x2": "b load"}
+
+
 def test_those_that_wait_are_seen_by_those_behind() -> None:
     yard = Yard(a=Has(), b=Has("x"))
     yard.ask("x1")
@@ -234,7 +253,7 @@ def test_two_slots_serve_two() -> None:
 def test_whatever_is_at_work_has_its_slot_however_short_it_was_thought() -> None:
     yard = Yard(a=Has("x"))
     assert [yard.ask(f"x{i}", out=0) for i in "12"] == ["a warm", "waits 0.01"]
-    assert yard.settle(1000.0) == {}
+    assert yard.settle(0.005) == {}
     assert [yard.ask(f"x{i}", out=0) for i in "34"] == ["waits 0.01", "waits 0.01"]
     assert yard.end("x1") == {"x2": "a warm"}
 
@@ -273,12 +292,21 @@ def test_what_is_waited_for_is_not_driven_out() -> None:
 
 
 def test_what_has_just_been_loaded_is_not_driven_out() -> None:
-    yard = Yard(a=Has())
+    yard = Yard(a=Has(), b=Has("y", present="y"))
     yard.look("a", "yz")
+    yard.ask("y", pin="b")
     yard.now += 5.0
     assert yard.ask("x") == "waits inf"
     assert yard.settle(5.9) == {}
     assert yard.settle(0.3) == {"x": "a load"}
+
+
+def test_where_nothing_is_at_work_anywhere_nobody_waits_for_a_load() -> None:
+    """Not even for what has just been loaded: one user who goes to and fro."""
+    yard = Yard(a=Has(gpus=(5,)))
+    for name in ("x", "y", "x", "y"):
+        assert yard.ask(name) == "a load"
+        yard.end(name)
 
 
 def test_what_is_at_work_is_not_driven_out() -> None:
@@ -308,7 +336,7 @@ def test_more_than_are_looked_at_do_not_block_those_with_a_free_node() -> None:
         yard.ask(f"x{i}", pin="a", flow="f")
     yard.ask("x-last", pin="b", flow="f")
     yard.pool.leave(yard.asked["x-b"], Outcome(), yard.now)
-    assert yard.settle() == {"x-last": "b warm"}
+    assert yard.settle() == {"x-last": "b pinned"}
 
 
 def test_no_more_are_looked_at_than_is_worth_it() -> None:
@@ -778,10 +806,20 @@ def test_who_is_refused_or_leaves_takes_nothing_from_the_budget(answered: str, l
 
 def test_a_pin_leaves_one_node() -> None:
     yard = Yard(a=Has(), b=Has("x"))
-    assert yard.ask("x1", pin="a") == "a load"
+    assert yard.ask("x1", pin="a") == "a pinned"
     yard.ask("x2", pin="b", out=9000)
     assert yard.ask("x3", pin="b") == "waits 90.00"
     assert yard.ask("x4", pin="c") == "unknown-pin"
+
+
+def test_what_only_asks_about_a_model_takes_no_slot_and_loads_nothing() -> None:
+    yard = Yard(a=Has("x"))
+    assert yard.ask("x1") == "a warm"
+    assert yard.ask("x2", infers=False) == "a only-node"
+    assert yard.ask("y1", infers=False) == "a only-node"
+    assert yard.settle() == {}
+    assert yard.end("x2") == {}
+    assert yard.ask("y2") == "a load"
 
 
 def test_the_very_same_model_is_asked_where_that_matters() -> None:

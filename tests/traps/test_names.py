@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from yarl import URL
 
-from tests.rig import MODEL, Peer, model, rig, scripted, spec
+from tests.rig import LEAST, MODEL, Peer, model, rig, scripted, spec
 from tests.traps.asking import ASKING, GENERATING, answer, ask, bodies, posts, send
 
 SINGLE = tuple(path for path in ASKING if path != "/api/embeddings")
@@ -25,7 +25,7 @@ async def test_trap_19_digests_that_differ_are_told_of() -> None:
 async def test_trap_19_where_digests_differ_all_requests_may_go_to_one(digest: str) -> None:
     newer = model(digest=NEW, modified_at=datetime(2026, 2, 1, tzinfo=UTC))
     specs = spec(model(digest=OLD)), spec(newer), spec(newer)
-    async with rig(*specs, routing={"digest": digest}) as r:
+    async with rig(*specs, routing={**LEAST, "digest": digest}) as r:
         for _ in range(4):
             await ask(r, "/api/generate")
         assert [len(bodies(node)) for node in r.nodes] == [0, 2, 2]

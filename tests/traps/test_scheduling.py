@@ -82,7 +82,8 @@ async def test_trap_13_a_node_sees_the_whole_connection_closed() -> None:
 
 
 async def test_trap_14_requests_in_flight_are_counted_by_the_router_itself() -> None:
-    async with rig(spec(), spec(), spec()) as r:
+    three = [spec(num_parallel=3, warm=(MODEL,)) for _ in range(3)]
+    async with rig(*three) as r:
         for node in r.nodes:
             node.fault = Fault(K.HANG)  # none of them ever says 503
         async with asyncio.TaskGroup() as group:
@@ -273,7 +274,7 @@ async def test_trap_48_a_preload_is_held_until_the_model_is_loaded(path: str) ->
 
 
 async def test_trap_53_what_is_not_in_ps_counts_too() -> None:
-    async with rig(spec(model()), spec(model(size_bytes=20 * GB), warm=(MODEL,))) as r:
+    async with rig(spec(), spec(memory_bytes=GB, warm=(MODEL,))) as r:
         r.nodes[0].fault = Fault(K.HANG)
         async with asyncio.TaskGroup() as group:
             # A load that no ps lists: n1 looks empty, n2 looks full, and is the free one.

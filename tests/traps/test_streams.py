@@ -12,7 +12,7 @@ import pytest
 
 from router.core import dialect, wording
 from router.sim import Fault, FaultKind
-from tests.rig import MODEL, Peer, Rig, parsed, rig, scripted, spec, talk
+from tests.rig import LEAST, MODEL, Peer, Rig, parsed, rig, scripted, spec, talk
 from tests.test_metrics import scrape, total
 from tests.traps.asking import (
     ASKING,
@@ -212,7 +212,7 @@ async def test_trap_36_each_official_client_raises_when_a_stream_breaks() -> Non
 
 @pytest.mark.parametrize("path", GENERATING)
 async def test_trap_37_a_slot_is_free_although_no_final_record_came(path: str) -> None:
-    async with rig(spec(), spec()) as r:
+    async with rig(spec(), spec(), routing=LEAST) as r:
         for node in r.nodes:
             node.fault = Fault(K.END, after=3)
         for _ in range(4):
@@ -306,7 +306,8 @@ async def test_trap_39_a_prompt_from_the_cache_is_not_taken_for_speed() -> None:
 
 @pytest.mark.parametrize("path", FOREIGN)
 async def test_trap_54_a_node_that_is_silent_over_one_answer_is_well(path: str) -> None:
-    async with rig(probe={"down_after": 1}) as r:
+    two = spec(num_parallel=2, warm=(MODEL,))
+    async with rig(two, probe={"down_after": 1}) as r:
         node = r.nodes[0]
         node.fault = Fault(K.HANG, path=path)
         async with asyncio.TaskGroup() as group:
