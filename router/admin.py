@@ -96,7 +96,7 @@ class Admin:
     async def _readyz(self, _: web.BaseRequest) -> web.Response:
         if self.draining:
             return web.Response(status=503, text="draining\n")
-        up = [node for node in self.pool.snapshot() if node.up and not node.leaving]
+        up = [node for node in self.pool.registry.snapshot() if node.up and not node.leaving]
         if not up:
             return web.Response(status=503, text="no node is up\n")
         if all(node.draining for node in up):
@@ -141,18 +141,18 @@ class Admin:
     def _set_draining(self, asked: Sequence[str], *, draining: bool) -> web.Response:
         if len(asked) != 1 or not asked[0]:
             return _error(400, "say which node: ?node=NAME")
-        before = self.pool.drained
-        spec = self.pool.drain(asked[0], draining=draining)
+        before = self.pool.registry.drained
+        spec = self.pool.registry.drain(asked[0], draining=draining)
         if isinstance(spec, Rejected):
             return _no_such_node(asked[0], spec)
-        [node] = [one for one in self.pool.snapshot() if one.spec.url == spec.url]
-        if self.pool.drained != before:
+        [node] = [one for one in self.pool.registry.snapshot() if one.spec.url == spec.url]
+        if self.pool.registry.drained != before:
             self.on_drain(node)
         return _json(200, _node(node, self.clock()))
 
     def status(self) -> Mapping[str, object]:
         """What `/status` shows; times are seconds since 1970."""
-        nodes = self.pool.snapshot()
+        nodes = self.pool.registry.snapshot()
         now = self.clock()
         state = self.state
         return {
@@ -174,11 +174,11 @@ class Admin:
             "models": _models(nodes),
             "warm": {
                 one.model: {"wanted": one.wanted, "loaded": len(one.nodes), "nodes": one.nodes}
-                for one in self.pool.kept()
+                for one in self.pool.warm.kept()
             },
             "digest_conflicts": [
                 {"model": model, "digests": digests}
-                for model, digests in self.pool.conflicts().items()
+                for model, digests in self.pool.registry.conflicts().items()
             ],
         }
 

@@ -96,10 +96,11 @@ class App:
         self.state = ConfigState()
         self.log = log.logger()
         self.pool = Pool(config.topology, clock(), random.random)
-        self._conflicts = self.pool.conflicts()
+        pool, registry = self.pool, self.pool.registry
+        self._conflicts = registry.conflicts()
         self.refusals: Counter[str] = Counter({cause.value: 0 for cause in Cause})
         self.metrics = Metrics(
-            self.pool.snapshot, self.pool.queued, self.refusals, self.pool.learned, self.pool.kept
+            registry.snapshot, pool.queued, self.refusals, pool.learned, pool.warm.kept
         )
         instance = secrets.token_hex(16)
         self._upstream = Upstream(connect_s=config.timeouts.connect_s)
@@ -128,8 +129,8 @@ class App:
         self._guard = Guard(socket.gethostname())
         self._gate = Gate(
             proxy=proxy,
-            catalog=Catalog(self.pool),
-            manage=Manage(self.pool, fanout, Builds(self.pool, fanout), self._means.keep),
+            catalog=Catalog(registry),
+            manage=Manage(registry, fanout, Builds(registry, fanout), self._means.keep),
             settings=_gate_settings(config),
             clock=clock,
             guard=self._guard,
@@ -274,20 +275,20 @@ class App:
 
     def state_out(self) -> dict[str, Any]:
         """What the process that takes over must know beside the configuration, as JSON."""
-        return {"drained": self.pool.drained}
+        return {"drained": self.pool.registry.drained}
 
     def take_state(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_out` of the process before this one gave."""
         drained = state.get("drained")
         if isinstance(drained, list):
-            self.pool.keep_drained([url for url in drained if isinstance(url, str)])
+            self.pool.registry.keep_drained([url for url in drained if isinstance(url, str)])
 
     def reconfigure(self, config: Config) -> None:
         """Put a new configuration in force, in one step; requests in flight go on."""
-        before = {spec.url for spec in self.pool.specs()}
+        before = {spec.url for spec in self.pool.registry.specs()}
         self.config = config
         self.pool.reconfigure(config.topology, self._gate.clock())
-        for url in before - {spec.url for spec in self.pool.specs()}:
+        for url in before - {spec.url for spec in self.pool.registry.specs()}:
             self._upstream.forget(url)
         self._means.dispatch.stir()
         self._upstream.connect_s = config.timeouts.connect_s
@@ -334,12 +335,12 @@ class App:
     async def _look(self, scope: Scope | None) -> None:
         """See which models nodes have in memory, where requests may have changed that."""
         async with asyncio.TaskGroup() as group:
-            for node, used in self.pool.unseen(scope):
+            for node, used in self.pool.registry.unseen(scope):
                 group.create_task(self._look_at(node, used))
 
     async def _look_at(self, node: NodeSpec, used: int) -> None:
         if "ps" in await self.prober.look(node, ("ps",)):
-            self.pool.saw(node.url, used)
+            self.pool.registry.saw(node.url, used)
 
     async def _look_for_warm(self, node: NodeSpec) -> None:
         await self.prober.look(node, ("ps",))
@@ -355,7 +356,7 @@ class App:
 
     def _doubt(self, flip: Flip) -> None:
         """Give a node that fails its probes less time to be silent."""
-        for node in self.pool.specs():
+        for node in self.pool.registry.specs():
             if node.name == flip.node and isinstance(flip.now, Health):
                 self._upstream.doubt(node.url, down=flip.now is Health.DOWN)
 
@@ -370,7 +371,7 @@ class App:
             return
         say = self.log.info if flip.now is Health.UP else self.log.warning
         say("node " + flip.now.value, node=flip.node, was=flip.was.value, reason=flip.reason)
-        if self.pool.probed and not self.pool.any_up:
+        if self.pool.registry.probed and not self.pool.registry.any_up:
             self.log.error("no node is up")
         self._changed()
 
@@ -385,7 +386,7 @@ class App:
         come to stand for several digests."""
         self._means.dispatch.settle()
         self.warmer.stir()
-        before, now = self._conflicts, self.pool.conflicts()
+        before, now = self._conflicts, self.pool.registry.conflicts()
         if now is before:
             return
         self._conflicts = now

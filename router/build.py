@@ -11,7 +11,7 @@ from typing import Self
 from router import downstream
 from router.core import dialect, peek
 from router.core.dialect import Call, Route
-from router.core.pool import Pool
+from router.core.registry import Registry
 from router.core.types import NodeSpec, Refusal, Rejected, Scope
 from router.dispatch import Refused
 from router.downstream import Reply
@@ -31,7 +31,7 @@ _END = b""
 class Builds:
     """Answers for blobs, and knows the nodes that a model is being built on."""
 
-    pool: Pool
+    registry: Registry
     fanout: Fanout
     _chosen: frozenset[str] = frozenset()
     _until: float = 0.0
@@ -39,9 +39,9 @@ class Builds:
     def nodes(self, scope: Scope | None) -> Sequence[NodeSpec]:
         """The nodes that get blobs: those of the scope, else as many as are configured. A choice
         stays for an hour after it was last asked for. Raises Refused where no node is up."""
-        nodes = self.pool.everyone(scope)
+        nodes = self.registry.everyone(scope)
         if not nodes:
-            raise Refused(Rejected(Refusal.NODES_DOWN, tuple(self.pool.specs())))
+            raise Refused(Rejected(Refusal.NODES_DOWN, tuple(self.registry.specs())))
         to = self.fanout.settings.create_to
         if scope is not None or to is None:
             return nodes
@@ -57,7 +57,7 @@ class Builds:
         """Bytes of models per node."""
         return {
             view.spec.url: sum(model.size_bytes for model in view.present.values())
-            for view in self.pool.snapshot()
+            for view in self.registry.snapshot()
         }
 
     async def blob(self, errand: Errand) -> Reply:

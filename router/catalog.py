@@ -1,4 +1,4 @@
-"""Answers from the pool's own knowledge: tags, ps, version, models."""
+"""Answers from the router's own knowledge: tags, ps, version, models."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 from router.core import wording
 from router.core.dialect import Asked, Family, Route
 from router.core.policy import Target
-from router.core.pool import Pool
+from router.core.registry import Registry
 from router.core.types import Model, NodeView, Refusal, Rejected, Scope
 from router.dispatch import Refused
 from router.errors import ClientError
@@ -22,11 +22,11 @@ ALIAS_OF = "ollamux_alias_of"  # of an alias's entry: the model that it stands f
 
 
 class Catalog:
-    """Lists what the nodes that are up have. Rebuilt when the pool's revision moves; what a path
-    with a pin asks for is built each time."""
+    """Lists what the nodes that are up have. Rebuilt when the registry's revision moves; what a
+    path with a pin asks for is built each time."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
         self._built: dict[str, tuple[int, bytes]] = {}
 
     def answer(self, asked: Asked) -> web.Response:
@@ -55,7 +55,7 @@ class Catalog:
         if asked.scope is not None:
             self._check(asked.scope, running=asked.path == "/api/ps")
             return build(asked.scope)
-        revision = self._pool.revision
+        revision = self._registry.revision
         built = self._built.get(asked.path)
         if built is None or built[0] != revision:
             built = self._built[asked.path] = (revision, build(None))
@@ -66,14 +66,14 @@ class Catalog:
         and it is not asked what is `running`."""
         up = self._up(scope)
         if not up:
-            nodes = tuple(node for node in self._pool.specs() if node.url in scope.urls)
+            nodes = tuple(node for node in self._registry.specs() if node.url in scope.urls)
             refusal = Refusal.PIN_DOWN if len(nodes) == 1 else Refusal.NODES_DOWN
             raise Refused(Rejected(refusal, nodes))
         if not running and all(node.draining for node in up):
             raise Refused(Rejected(Refusal.DRAINED, tuple(node.spec for node in up)))
 
     def _up(self, scope: Scope | None) -> list[NodeView]:
-        nodes = [node for node in self._pool.snapshot() if node.up and not node.leaving]
+        nodes = [node for node in self._registry.snapshot() if node.up and not node.leaving]
         return nodes if scope is None else [n for n in nodes if n.spec.url in scope.urls]
 
     def _version(self, scope: Scope | None) -> str:
@@ -86,10 +86,10 @@ class Catalog:
     def _present(self, scope: Scope | None) -> Iterable[Model]:
         """One entry per name, the newest of them, newest name first. An alias stands for itself,
         and for a model of its own name, which nobody can ask for."""
-        found = _latest(self._pool.listed(scope), _CHANGED)
-        for alias in self._pool.aliases:
+        found = _latest(self._registry.listed(scope), _CHANGED)
+        for alias in self._registry.aliases:
             found.pop(alias, None)
-            target = self._pool.resolve(alias, scope)
+            target = self._registry.resolve(alias, scope)
             model = None if isinstance(target, Rejected) else self._had(target, scope)
             if isinstance(model, Model):
                 own = {"name": alias, "model": alias, ALIAS_OF: _name(model)}
@@ -110,7 +110,7 @@ class Catalog:
 
     def _model(self, asked: str, scope: Scope | None) -> bytes:
         """One model by any name that a request may use for it: alias, prefix and pin too."""
-        target = self._pool.resolve(asked, scope)
+        target = self._registry.resolve(asked, scope)
         if isinstance(target, Rejected):
             raise Refused(target, asked)
         model = self._had(target, scope)
@@ -120,7 +120,7 @@ class Catalog:
 
     def _had(self, target: Target, scope: Scope | None) -> Model | Rejected:
         """The newest entry of this model on the nodes that a request for it may go to now."""
-        found = self._pool.eligible(target)
+        found = self._registry.eligible(target)
         if isinstance(found, Rejected):
             return found
         assert target.model is not None  # a resolved name

@@ -120,7 +120,7 @@ class Daemon:
         self._ending.set()
 
     def _count(self) -> dict[str, int]:
-        nodes = self._app.pool.snapshot()
+        nodes = self._app.pool.registry.snapshot()
         return {"nodes": len(nodes), "up": sum(node.up for node in nodes)}
 
     def _status(self) -> str:

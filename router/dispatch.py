@@ -9,8 +9,9 @@ from types import TracebackType
 
 import msgspec
 
+from router.core.lease import Lease, Lost, Queued
 from router.core.policy import Attempt
-from router.core.pool import AGAIN_S, Lease, Lost, Pool, Queued
+from router.core.pool import AGAIN_S, Pool
 from router.core.types import Failure, Flip, NodeSpec, Outcome, Reason, Refusal, Rejected
 from router.errors import UpstreamError
 

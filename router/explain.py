@@ -66,8 +66,8 @@ def explain(
     """What would become of such a request now, and what each node would cost it, the best first;
     all times are in seconds. `rules`: those of flows. Raises ClientError for a name that can be no
     model's."""
-    target = pool.resolve(asked.model)
-    refused = target if isinstance(target, Rejected) else pool.eligible(target)
+    target = pool.registry.resolve(asked.model)
+    refused = target if isinstance(target, Rejected) else pool.registry.eligible(target)
     if isinstance(refused, Rejected) and refused.refusal in _MISTAKES:
         raise ClientError(*wording.refusal(_ROUTE, asked.model, refused))
     model, weighed = asked.model, []
@@ -79,7 +79,7 @@ def explain(
             weight=rule.weight, at_least=pool.at_least,
         )  # fmt: skip
         model, weighed = target.model.key, [*pool.explain(target, work, now)]
-    waits = pool.schedules_at(weighed[0].node.url) if weighed else pool.schedules
+    waits = pool.registry.schedules_at(weighed[0].node.url) if weighed else pool.schedules
     policy = Policy.EXPECTED_DELAY if waits else Policy.LEAST_IN_FLIGHT
     reason = refused.refusal if isinstance(refused, Rejected) else Refusal.ALL_TRIED
     return {

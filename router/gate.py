@@ -131,7 +131,7 @@ class Gate:
     def _scope(self, pin: str | None) -> Scope | None:
         if pin is None:
             return None
-        scope = self.proxy.pool.scope(pin)
+        scope = self.proxy.pool.registry.scope(pin)
         if isinstance(scope, Rejected):
             raise Refused(scope)
         return scope

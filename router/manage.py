@@ -11,7 +11,7 @@ from router.build import Builds, recipe
 from router.core import dialect, names
 from router.core.dialect import Asked, Call
 from router.core.policy import Target
-from router.core.pool import Pool
+from router.core.registry import Registry
 from router.core.types import NodeSpec, Refusal, Rejected, Scope
 from router.dispatch import Refused
 from router.downstream import Reply, Request
@@ -27,7 +27,7 @@ _AS_WRITTEN = ("/api/create", "/api/delete")
 class Manage:
     """Answers the routes of Kind.MANAGED."""
 
-    pool: Pool
+    registry: Registry
     fanout: Fanout
     builds: Builds
     memory: Memory
@@ -61,7 +61,7 @@ class Manage:
                 case "/api/create":
                     return await self._create(errand, call, target)
                 case _:
-                    return await self.fanout.change(given(self.pool.holders(target)), errand)
+                    return await self.fanout.change(given(self.registry.holders(target)), errand)
         except Refused as refused:
             refused.model = refused.model or target.sent
             raise
@@ -76,7 +76,7 @@ class Manage:
     def _target(self, call: Call, scope: Scope | None) -> Target:
         """What the body names. Raises Refused."""
         if call.route.path not in _AS_WRITTEN:
-            target = self.pool.resolve(call.model, scope)
+            target = self.registry.resolve(call.model, scope)
             if isinstance(target, Rejected):
                 raise Refused(target, call.model)
             return target
@@ -85,10 +85,10 @@ class Manage:
             name = names.parse(left)
         except names.BadName:
             raise Refused(Rejected(Refusal.BAD_NAME), call.model) from None
-        return Target(name, pin, name.text, self.pool.knows(name.key), scope)
+        return Target(name, pin, name.text, self.registry.knows(name.key), scope)
 
     async def _pull(self, errand: Errand, call: Call, target: Target) -> Reply:
-        nodes = given(self.pool.homes(target))
+        nodes = given(self.registry.homes(target))
         if target.pin is None and target.scope is None:
             nodes = nodes[: self.fanout.settings.pull_to]
         return await self.fanout.follow(nodes, errand, streams=call.streams)
@@ -96,7 +96,7 @@ class Manage:
     async def _create(self, errand: Errand, call: Call, target: Target) -> Reply:
         """Make a model where it may live and all that it is made of is at hand. A node that lacks
         a blob says so itself; one that lacks the model it is made from pulls it."""
-        homes = nodes = given(self.pool.homes(target))
+        homes = nodes = given(self.registry.homes(target))
         body = b"".join(errand.body)
         made_of = await beside(body, partial(recipe, call.route, body))
         if made_of.digests:
@@ -112,11 +112,11 @@ class Manage:
     ) -> Sequence[NodeSpec]:
         """Those of the nodes that have the model it is made from, or all where none has it; and
         take the pin off its name. Raises Refused and ClientError."""
-        source = self.pool.resolve(base.model, errand.asked.scope)
+        source = self.registry.resolve(base.model, errand.asked.scope)
         if isinstance(source, Rejected):
             raise Refused(source, base.model)
         errand.body = await beside(body, partial(dialect.rename, body, base, source.sent))
-        holders = self.pool.holders(source)
+        holders = self.registry.holders(source)
         if isinstance(holders, Rejected):
             if source.pin is not None and errand.asked.scope is None:
                 raise Refused(holders, source.sent)
@@ -128,7 +128,7 @@ class Manage:
 
 
 def given(found: Sequence[NodeSpec] | Rejected) -> Sequence[NodeSpec]:
-    """The nodes that the pool gives. Raises Refused where it gives none."""
+    """The nodes that the registry gives. Raises Refused where it gives none."""
     if isinstance(found, Rejected):
         raise Refused(found)
     return found

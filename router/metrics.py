@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 
 from router import __version__
 from router.core.bounds import conflicts
-from router.core.pool import Learned, Queued
+from router.core.lease import Queued
+from router.core.pool import Learned
 from router.core.types import Flip, Kept, NodeView
 from router.tally import SECONDS, Tally
 

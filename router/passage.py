@@ -15,8 +15,9 @@ from router.beside import beside
 from router.core import continuation, edits, retry
 from router.core.continuation import Plan, Unable
 from router.core.dialect import Asked, Call
+from router.core.lease import Lease
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.rates import Waits
 from router.core.retry import Verdict
 from router.core.trail import Trail
@@ -158,7 +159,7 @@ class Passage(msgspec.Struct, eq=False):
             return relay.resume(exchange, self.plan.stitch)
         means, report, kept = self.means, self.report, self.kept
         if kept is not None:
-            self.digest = means.pool.digest(node.url, self.target)
+            self.digest = means.pool.registry.digest(node.url, self.target)
         self.relay = relay = Relay(
             self.request, self.call.route, means.settings.limits, report, means.clock,
             withholds=self.call.usage is not None, kept=kept,
@@ -173,7 +174,7 @@ class Passage(msgspec.Struct, eq=False):
         had_model = (
             status == 404
             and _is_json(exchange.headers)
-            and self.means.pool.believed(node.url, self.target)
+            and self.means.pool.registry.believed(node.url, self.target)
         )
         kind = retry.judge(status, had_model=had_model)
         if kind is None or self.asked.route.need is _PRIMARY:

@@ -84,7 +84,7 @@ class Prober:
         """Keep one task per configured node. `looked` is set once each has been seen."""
         async with asyncio.TaskGroup() as group:
             while True:
-                wanted = {spec.url: spec for spec in self.pool.specs()}
+                wanted = {spec.url: spec for spec in self.pool.registry.specs()}
                 self._stop([u for u, (spec, _) in self._tasks.items() if wanted.get(u) != spec])
                 for url, spec in wanted.items():
                     if url not in self._tasks:
@@ -110,7 +110,7 @@ class Prober:
                 what for what in _PATHS if due[what] <= now or what in urgent or not self._up(spec)
             ]
             usable = await self.look(spec, asked)
-            pace = self.settings.suspect_s if self.pool.suspect(spec.url) else None
+            pace = self.settings.suspect_s if self.pool.registry.suspect(spec.url) else None
             for what in asked:
                 wait_s = pace or self.settings.every(what)
                 if what not in usable:
@@ -123,7 +123,7 @@ class Prober:
                     hurried = self.clock()
 
     def _up(self, spec: NodeSpec) -> bool:
-        return not self.pool.suspect(spec.url)
+        return not self.pool.registry.suspect(spec.url)
 
     def _varied(self) -> float:
         return 1 + self.settings.jitter * (2 * self.roll() - 1)
@@ -137,7 +137,7 @@ class Prober:
         for flip in self.pool.observe(spec.url, seen, self.clock()):
             self.on_flip(flip)
         self.on_seen()
-        if self.pool.probed:
+        if self.pool.registry.probed:
             self.looked.set()
         return {what for what, answer in answers.items() if not isinstance(answer, _Bad)}
 

@@ -90,7 +90,7 @@ class Proxy:
             pieces = dialect.rename(plain, call, target.sent)
         else:
             pieces = await beside(plain, partial(dialect.rename, plain, call, target.sent))
-        if call.unloads and (holding := self.pool.holding(target)):
+        if call.unloads and (holding := self.pool.registry.holding(target)):
             errand = Errand(request, report, asked, extra, asked.target, pieces)
             return await self.fanout.tell(holding, errand)
         unpacked = plain is not body and pieces != (plain,)
@@ -137,9 +137,9 @@ class Proxy:
     def _target(self, asked: Asked, since: tuple[int, ...], call: Call, report: Report) -> Target:
         need = asked.route.need
         target = (
-            self.pool.resolve(call.model, asked.scope, need, since)
+            self.pool.registry.resolve(call.model, asked.scope, need, since)
             if call.model
-            else self.pool.anyone(asked.scope, need, since)
+            else self.pool.registry.anyone(asked.scope, need, since)
         )
         if isinstance(target, Rejected):
             raise Refused(target, call.model)

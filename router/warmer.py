@@ -13,7 +13,7 @@ from math import inf
 from structlog.typing import FilteringBoundLogger
 
 from router.core import retry, wording
-from router.core.pool import Warming
+from router.core.lease import Warming
 from router.core.types import Failure, NodeSpec, Outcome
 from router.core.usage import Usage
 from router.core.waits import ModelWaits
@@ -67,10 +67,10 @@ class Warmer:
         async with asyncio.TaskGroup() as group:
             while True:
                 self._stirred.clear()
-                if pool.probed and not self.stopped:
+                if pool.registry.probed and not self.stopped:
                     for one in pool.warmings(self.clock()):
                         group.create_task(self._do(one))
-                until = inf if self.stopped else pool.warm_at
+                until = inf if self.stopped else pool.warm.next_at
                 wait_s = None if until == inf else max(until - self.clock(), _LEAST_S)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):

@@ -74,7 +74,7 @@ class Rig:
 
     async def look(self) -> None:
         """Probe every node for everything, now."""
-        for node in self.app.pool.specs():
+        for node in self.app.pool.registry.specs():
             await self.app.prober.look(node, ("version", "tags", "ps"))
 
     async def metrics(self) -> str:

@@ -428,12 +428,12 @@ LONG = {"resets": 1, "answers": 1, "back_off_s": 3600, "back_off_max_s": 3600, "
 async def fails(r: Rig, name: str, fault: Fault) -> None:
     """Have one request for a model meet a fault on the first node, and none other to ask. It is
     not pinned: what a node answers to those says nothing of it."""
-    r.app.pool.drain("n2", draining=True)
+    r.app.pool.registry.drain("n2", draining=True)
     r.nodes[0].fault = fault
     async with r.chat(model=name, stream=False) as answer:
         assert answer.status >= 500
     r.nodes[0].fault = None
-    r.app.pool.drain("n2", draining=False)
+    r.app.pool.registry.drain("n2", draining=False)
 
 
 async def test_status_says_what_is_kept_away_from_why_and_until_when() -> None:
@@ -443,7 +443,7 @@ async def test_status_says_what_is_kept_away_from_why_and_until_when() -> None:
         await fails(r, MODEL, Fault(FaultKind.DIE))
         r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
         waiting = asyncio.create_task(answered_by(r, model="full@n1"))
-        await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 3)
+        await r.until(lambda: len(r.app.pool.registry.snapshot()[0].ejected) == 3)
         shown = await entries(r)
         waiting.cancel()
         assert shown["n2"]["ejected"] == []
@@ -474,7 +474,7 @@ async def test_every_flip_of_a_breaker_is_one_line_and_one_count(
     async with rig(breaker={**LONG, "back_off_s": 0.001}) as r:
         await fails(r, MODEL, fault)
         [ejected] = (await entries(r))["n1"]["ejected"]
-        await r.until(lambda: r.app.pool.snapshot()[0].ejected[0].until <= monotonic())
+        await r.until(lambda: r.app.pool.registry.snapshot()[0].ejected[0].until <= monotonic())
         assert (await entries(r))["n1"]["ejected"][0]["next_trial_s"] == 0
         r.nodes[0].fault = Fault(FaultKind.HANG)
         chat = asyncio.create_task(answered_by(r))
@@ -610,7 +610,7 @@ async def test_without_a_wait_to_tell_of_none_is_told() -> None:
         await said(r, "/drain?node=n2")
         r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
         waiting = asyncio.create_task(r.chat().__aenter__())
-        await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 1)
+        await r.until(lambda: len(r.app.pool.registry.snapshot()[0].ejected) == 1)
         _, told = await explained(r)
         waiting.cancel()
         assert (told["verdict"], told["node"], told["wait_s"]) == ("waits", None, None)

@@ -88,7 +88,7 @@ async def test_no_node_is_said_to_be_missing_before_each_was_looked_at() -> None
 async def test_whoever_asked_is_told_of_every_flip() -> None:
     told: list[bool] = []
     async with rig(spec()) as r:
-        r.app._changed = lambda: told.append(r.app.pool.any_up)
+        r.app._changed = lambda: told.append(r.app.pool.registry.any_up)
         await r.nodes[0].refuse()
         await r.look()
         await r.look()

@@ -230,7 +230,7 @@ async def test_nodes_says_who_is_drained_ejected_and_busy_in_a_hundred_columns(
                 await answer.read()
         r.nodes[0].fault = Fault(FaultKind.STATUS, status=503)
         waiting = asyncio.create_task(r.chat(model="some-model-1:70b@n1").__aenter__())
-        await r.until(lambda: len(r.app.pool.snapshot()[0].ejected) == 3)
+        await r.until(lambda: len(r.app.pool.registry.snapshot()[0].ejected) == 3)
         await command("drain", "n1", "--admin", r.admin)
         capsys.readouterr()
         assert await nodes(r.admin) == 0
@@ -332,7 +332,7 @@ async def test_drain_and_undrain_say_how_the_node_stands(
             for name in ("n1", "N1", r.nodes[0].url):
                 assert await command(verb, name, "--admin", f"{r.admin}/") == 0
                 assert capsys.readouterr() == (f"{said}\n", "")
-            assert r.app.pool.snapshot()[0].draining == (verb == "drain")
+            assert r.app.pool.registry.snapshot()[0].draining == (verb == "drain")
 
 
 @pytest.mark.parametrize("verb", ["drain", "undrain"])
@@ -354,7 +354,7 @@ async def test_drain_waits_until_nothing_is_in_flight(capsys: pytest.CaptureFixt
             await running.content.readline()
             args = ("drain", "n1", "--wait", "--admin", r.admin)
             waiting = asyncio.create_task(command(*args))
-            await r.until(lambda: r.app.pool.snapshot()[0].draining)
+            await r.until(lambda: r.app.pool.registry.snapshot()[0].draining)
             assert not waiting.done()
             r.nodes[0].release()
             await running.read()
@@ -373,7 +373,7 @@ async def test_drain_waits_no_longer_than_it_is_told(capsys: pytest.CaptureFixtu
             wait = ("--wait", "--timeout", "0")
             assert await command("drain", "n1", *wait, "--admin", r.admin) == 1
             assert capsys.readouterr().err == "ollamux: n1: 1 in flight after 0 s\n"
-            assert r.app.pool.snapshot()[0].draining
+            assert r.app.pool.registry.snapshot()[0].draining
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ async def test_the_synchronous_ollama_client_works_too() -> None:
             client._client.close()
 
     async with rig(*specs()) as r:
-        await r.app.prober.look(r.app.pool.specs()[0], ("ps",))
+        await r.app.prober.look(r.app.pool.registry.specs()[0], ("ps",))
         await _warm(r)
         await asyncio.to_thread(session, r.url, await expected(r))
 

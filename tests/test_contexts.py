@@ -168,7 +168,7 @@ async def test_who_comes_right_behind_a_load_waits_until_its_context_is_seen() -
             async with asyncio.TaskGroup() as group:
                 for num_ctx in (None, 2048, None, 1024):
                     group.create_task(_chat(r, num_ctx))
-            await r.until(lambda: bool(r.app.pool.snapshot()[0].resident))
+            await r.until(lambda: bool(r.app.pool.registry.snapshot()[0].resident))
             await _chat(r, 2048)
         finally:
             probing.cancel()
@@ -209,7 +209,7 @@ async def test_speeds_are_told_once_they_were_seen() -> None:
 async def test_a_node_with_very_many_models_has_a_bounded_number_of_series() -> None:
     names = [f"m{number}:latest" for number in range(101)]
     async with rig(spec(*map(model, names), max_loaded=1)) as r:
-        node = r.app.pool._nodes[r.nodes[0].url]
+        node = r.app.pool.registry.nodes[r.nodes[0].url]
         for name in names:
             await ask(r, None, name=name)
         r.app._gate.ledger.settle()

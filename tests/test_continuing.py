@@ -685,7 +685,7 @@ async def test_a_node_that_cannot_go_on_is_not_to_blame(code: int) -> None:
         r.nodes[1].fault = Fault(K.STATUS, status=code)
         records(await post(r.url, CHAT, asked(CHAT)))
         assert (await line(r)) == Told("ok", ["continued"], 3)
-        assert not any(view.ejected for view in r.app.pool.snapshot())
+        assert not any(view.ejected for view in r.app.pool.registry.snapshot())
 
 
 @pytest.mark.parametrize("path", [CHAT, GENERATE])

@@ -8,9 +8,10 @@ from math import inf
 
 import pytest
 
+from router.core.lease import Lease
 from router.core.names import parse
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.types import (
     Ejection,
     Failure,
@@ -356,7 +357,7 @@ async def test_who_is_told_why_there_is_no_node_any_more_tells_the_others(books:
         async with books.dispatch.lease(books.attempt()):
             await fill(books)
             await waiting.come(5)
-            books.pool.drain("n1", draining=True)
+            books.pool.registry.drain("n1", draining=True)
         assert [await waiting.went.get() for _ in range(5)] == [Refusal.DRAINED] * 5
 
 
@@ -368,7 +369,7 @@ async def test_all_that_wait_look_again_when_there_may_be_other_nodes(books: Boo
         books.dispatch.stir()
         await turns()
         assert (waiting.quiet, books.dispatch.waiting) == (True, 3)
-        books.pool.drain("n1", draining=True)
+        books.pool.registry.drain("n1", draining=True)
         books.dispatch.stir()
         books.dispatch.stir()
         assert [await waiting.went.get() for _ in range(3)] == [Refusal.DRAINED] * 3

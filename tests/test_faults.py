@@ -65,7 +65,7 @@ async def test_a_status_is_passed_on_with_its_body(path: str, status: int) -> No
         assert b"told to fail" in answer.body
         assert answer.header("X-Ollamux-Node") == "n1"
         assert await outcome(r) == ("client_error" if status < 500 else "node_error")
-        assert r.app.pool.any_up, "a node that answers is not down"
+        assert r.app.pool.registry.any_up, "a node that answers is not down"
 
 
 async def test_an_answer_of_any_sort_is_passed_on_byte_for_byte() -> None:
@@ -208,7 +208,7 @@ async def test_garbage_is_a_502_that_holds_none_of_it(path: str, garbage: str) -
         assert b"html" not in answer.body
         assert b"no HTTP here" not in answer.body
         assert await outcome(r) == "failed"
-        assert r.app.pool.any_up
+        assert r.app.pool.registry.any_up
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -236,5 +236,5 @@ async def _unharmed(r: Rig) -> None:
         await r.until(lambda: r.app.pool.in_flight == 0)
         await r.until(lambda: all(node.in_flight == 0 for node in r.nodes))
         await r.app._gate.idle()
-    assert all(node.up for node in r.app.pool.snapshot())
+    assert all(node.up for node in r.app.pool.registry.snapshot())
     assert not [line for line in r.lines if line["level"] in ("error", "critical")]

@@ -65,7 +65,7 @@ class Running:
             entries = [named, nodes[1].url, "http://127.0.0.1:1"]
             value = {"listen": "127.0.0.1:0", "admin": admin, "nodes": entries}
             app = await stack.enter_async_context(App(parsed(value), self._reload))
-            for one in app.pool.specs():
+            for one in app.pool.registry.specs():
                 await app.prober.look(one, ("version", "tags", "ps"))
             self._url = app.admins[0]
             self._ready.set()

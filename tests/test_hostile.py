@@ -140,7 +140,7 @@ async def test_a_status_below_100_is_no_answer() -> None:
 @pytest.mark.parametrize("version", [None, {}, "0.²", "x" * 60, "", 5])
 async def test_a_server_without_a_version_is_no_node(version: object) -> None:
     async with scripted(_silent, _probes(version=version)) as url, rig(entries=[{"url": url}]) as r:
-        (node,) = r.app.pool.snapshot()
+        (node,) = r.app.pool.registry.snapshot()
         assert (node.up, node.version) == (False, "")
 
 
@@ -152,14 +152,14 @@ async def test_a_server_without_a_version_is_no_node(version: object) -> None:
 async def test_an_entry_that_is_none_does_not_spoil_the_list(entry: object) -> None:
     listed = _probes(tags=[entry, {"name": "good"}])
     async with scripted(_silent, listed) as url, rig(entries=[{"url": url}]) as r:
-        (node,) = r.app.pool.snapshot()
+        (node,) = r.app.pool.registry.snapshot()
         assert list(node.present) == ["good:latest"]
 
 
 async def test_a_list_that_is_no_json_is_not_taken() -> None:
     listed = _probes(tags=[{"name": "odd", "x": float("nan")}])
     async with scripted(_silent, listed) as url, rig(entries=[{"url": url}]) as r:
-        (node,) = r.app.pool.snapshot()
+        (node,) = r.app.pool.registry.snapshot()
         assert (node.up, dict(node.present)) == (True, {})
 
 
@@ -191,7 +191,7 @@ async def test_a_log_that_cannot_be_written_costs_no_request() -> None:
             assert answer.status == 200
         await r.nodes[0].refuse()
         await r.look()
-        assert not r.app.pool.any_up
+        assert not r.app.pool.registry.any_up
 
 
 def test_a_traceback_shows_no_values() -> None:

@@ -9,9 +9,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router import __version__
+from router.core.lease import Queued
 from router.core.memory import Loads
 from router.core.policy import Attempt, Target
-from router.core.pool import Learned, Queued
+from router.core.pool import Learned
 from router.core.rates import Speed
 from router.core.usage import Source, Usage
 from router.log import Continued, Ending, Report
@@ -195,7 +196,7 @@ async def test_nodes_are_shown_as_they_are() -> None:
                 "model": MODEL, "messages": [{"role": "user", "content": "x"}]
             }).encode())  # fmt: skip
             await client.head()
-            await r.app.prober.look(r.app.pool.specs()[0], ("ps",))
+            await r.app.prober.look(r.app.pool.registry.specs()[0], ("ps",))
             samples = await scrape(r)
         expected = {
             "up": (1, 0), "in_flight": (1, 0), "slots": (3, 5), "models_present": (2, 1),
@@ -225,7 +226,7 @@ async def test_who_is_drained_and_ejected_is_a_gauge() -> None:
             )
 
         assert await shown() == (set(), set(), set())
-        r.app.pool.drain("n2", draining=True)
+        r.app.pool.registry.drain("n2", draining=True)
         assert await shown() == ({"n2"}, set(), set())
         r.nodes[0].fault = Fault(FaultKind.STATUS, status=500)
         await chat(r)
@@ -239,7 +240,7 @@ async def test_who_is_drained_and_ejected_is_a_gauge() -> None:
             flips = {"node": "n1", "scope": scope, "to": "open"}
             assert value(samples, "ollamux_breaker_flips_total", **flips) == 1
         r.nodes[0].fault = None
-        r.app.pool.drain("n2", draining=False)
+        r.app.pool.registry.drain("n2", draining=False)
         await chat(r, model=f"{MODEL}@n1")
         assert await shown() == (set(), set(), set())
         flips = {"node": "n1", "scope": "node", "to": "closed"}
@@ -252,7 +253,7 @@ async def test_ejected_models_that_no_node_has_are_one_series() -> None:
         for number in range(5):
             assert await chat(r, model=f"made-up-{number}:cloud") == 500
         samples = await scrape(r)
-        assert len(r.app.pool.snapshot()[0].ejected) == 5
+        assert len(r.app.pool.registry.snapshot()[0].ejected) == 5
         assert value(samples, "ollamux_node_model_ejected", node="n1", model="unknown") == 1
         assert total(samples, "ollamux_node_model_ejected") == 1
 

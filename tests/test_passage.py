@@ -59,7 +59,7 @@ def ejected(r: Rig) -> dict[str, Sequence[str]]:
     """Why requests are kept away, by node."""
     return {
         node.spec.name: [one.reason for one in node.ejected]
-        for node in r.app.pool.snapshot()
+        for node in r.app.pool.registry.snapshot()
         if node.ejected
     }
 
@@ -214,7 +214,7 @@ async def test_an_endpoint_that_a_node_does_not_know_is_no_missing_model(fault: 
         answer = await ask(r)
         assert (answer.status, answer.body.decode()) == (404, fault.body)
         assert asked(r) == [1, 0]
-        assert MODEL in r.app.pool.snapshot()[0].present
+        assert MODEL in r.app.pool.registry.snapshot()[0].present
 
 
 async def test_a_model_that_no_node_was_believed_to_have_is_not_looked_for() -> None:
@@ -628,7 +628,7 @@ async def test_what_nodes_say_is_told_to_the_client_and_not_to_the_log() -> None
         answer = await ask(r)
         assert said(answer).count("my secret") == 2
         r.nodes[0].fault = r.nodes[1].fault = Fault(K.ERROR, after=2, message="my secret")
-        r.app.pool.drain("n2", draining=True)
+        r.app.pool.registry.drain("n2", draining=True)
         assert b"my secret" in (await ask(r)).body
         await r.until(lambda: len(r.requests) == 2)
         assert "secret" not in json.dumps(r.lines)
@@ -714,7 +714,7 @@ async def test_a_node_that_is_silent_to_probes_too_is_given_up_soon(*, stream: b
         task = group.create_task(ask(r, stream=stream))
         await node.until(lambda: node.held == 1)
         await r.look()
-        assert [one.up for one in r.app.pool.snapshot()] == [False, True]
+        assert [one.up for one in r.app.pool.registry.snapshot()] == [False, True]
         answer = await task
         assert (answer.status, answer.header("X-Ollamux-Node")) == (200, "n2")
         assert answer.header("X-Ollamux-Attempts") == "2"

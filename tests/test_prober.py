@@ -22,7 +22,7 @@ ALL = ("version", "tags", "ps")
 
 
 def health(r: Rig) -> list[Health]:
-    return [node.health for node in r.app.pool.snapshot()]
+    return [node.health for node in r.app.pool.registry.snapshot()]
 
 
 def paths(r: Rig, index: int = 0) -> list[str]:
@@ -39,7 +39,7 @@ def flips(r: Rig) -> list[tuple[str, str, str]]:
 
 async def test_a_look_learns_version_models_and_residents() -> None:
     async with rig(spec(model(), model("phi"), warm=(MODEL,), version="0.31.2")) as r:
-        (node,) = r.app.pool.snapshot()
+        (node,) = r.app.pool.registry.snapshot()
         assert (node.version, node.health, node.detail) == ("0.31.2", Health.UP, "answers")
         assert sorted(node.present) == [MODEL, "phi:latest"]
         assert list(node.resident) == [MODEL]
@@ -51,11 +51,11 @@ async def test_a_look_learns_version_models_and_residents() -> None:
 
 async def test_only_what_is_asked_is_changed() -> None:
     async with rig() as r:
-        (node,) = r.app.pool.specs()
+        (node,) = r.app.pool.registry.specs()
         r.nodes[0].fault = Fault(K.STATUS, path="/api/tags", status=500)
         assert await r.app.prober.look(node, ("tags",)) == set()
         assert health(r) == [Health.UP]
-        assert list(r.app.pool.snapshot()[0].present) == [MODEL]
+        assert list(r.app.pool.registry.snapshot()[0].present) == [MODEL]
         assert paths(r)[3:] == ["/api/tags"]
 
 
@@ -76,12 +76,12 @@ async def test_three_bad_answers_take_a_node_down_and_two_good_ones_bring_it_bac
     fault: Fault, detail: str
 ) -> None:
     async with rig(probe={"timeout_s": 0.1 if fault.kind is K.HANG else 10}) as r:
-        (node,) = r.app.pool.specs()
+        (node,) = r.app.pool.registry.specs()
         r.nodes[0].fault = replace(fault, path="/api/version")
         for expected in (Health.UP, Health.UP, Health.DOWN, Health.DOWN):
             assert await r.app.prober.look(node, ("version",)) == set()
             assert health(r) == [expected]
-        assert r.app.pool.snapshot()[0].detail.startswith(detail)
+        assert r.app.pool.registry.snapshot()[0].detail.startswith(detail)
         r.nodes[0].fault = None
         for expected in (Health.DOWN, Health.UP):
             await r.app.prober.look(node, ("version",))
@@ -125,12 +125,12 @@ async def test_the_first_probe_decides_alone() -> None:
 
 async def test_a_node_that_is_slow_to_list_is_not_down() -> None:
     async with rig(probe={"timeout_s": 0.02}) as r:
-        (node,) = r.app.pool.specs()
+        (node,) = r.app.pool.registry.specs()
         r.nodes[0].faults.add(Fault(K.HANG, path="/api/tags"))
         r.nodes[0].faults.add(Fault(K.HANG, path="/api/ps"))
         for _ in range(4):
             assert await r.app.prober.look(node, ALL) <= {"version"}
-        assert list(r.app.pool.snapshot()[0].present) == [MODEL]
+        assert list(r.app.pool.registry.snapshot()[0].present) == [MODEL]
 
 
 async def test_an_answer_that_never_ends_is_given_up() -> None:
@@ -147,9 +147,9 @@ async def test_an_answer_that_never_ends_is_given_up() -> None:
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server, rig(probe={"timeout_s": 15}) as r:
         r.app.reconfigure(parsed({**r.settings, "nodes": [url]}))
-        (node,) = r.app.pool.specs()
+        (node,) = r.app.pool.registry.specs()
         assert await r.app.prober.look(node, ("version",)) == set()
-        assert r.app.pool.snapshot()[0].detail == "an answer too large for a probe"
+        assert r.app.pool.registry.snapshot()[0].detail == "an answer too large for a probe"
 
 
 async def test_a_connection_that_went_stale_says_nothing_about_the_node() -> None:
@@ -182,7 +182,7 @@ async def test_odd_lists_are_read_as_far_as_they_can_be(tags: Mapping[str, Any])
         raise AssertionError
 
     async with scripted(script, probed) as url, rig(entries=[{"url": url}]) as r:
-        (node,) = r.app.pool.snapshot()
+        (node,) = r.app.pool.registry.snapshot()
         assert (node.up, node.version, dict(node.present)) == (True, "0.33.0", {})
         assert node.resident["phi:latest"].digest == "5"
 
@@ -219,10 +219,10 @@ async def test_the_first_round_ends_whatever_it_finds() -> None:
         pool = Pool(r.app.config.topology, 0.0)
         looked = asyncio.Event()
         prober = replace(r.app.prober, pool=pool, looked=looked, _tasks={})
-        assert not pool.probed
+        assert not pool.registry.probed
         async with running(prober):
             await looked.wait()
-            assert [node.health for node in pool.snapshot()] == [Health.UP, Health.DOWN]
+            assert [node.health for node in pool.registry.snapshot()] == [Health.UP, Health.DOWN]
 
 
 async def test_nodes_that_come_are_probed_and_those_that_go_are_not() -> None:

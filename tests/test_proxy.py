@@ -475,7 +475,7 @@ async def test_a_node_that_refuses_connections_is_passed_over_and_marked_down() 
         assert status == 200
         assert headers["X-Ollamux-Node"] == "n3"
         assert headers["X-Ollamux-Attempts"] == "3"
-        assert [node.up for node in r.app.pool.snapshot()] == [False, False, True]
+        assert [node.up for node in r.app.pool.registry.snapshot()] == [False, False, True]
         status, headers, _ = await ask(r, MODEL)
         assert (headers["X-Ollamux-Attempts"], headers["X-Ollamux-Reason"]) == ("1", "warm")
         flips = [(line["event"], line["node"]) for line in r.lines if line["event"] != "request"]
@@ -511,7 +511,7 @@ async def test_connections_that_cannot_be_made_are_all_named() -> None:
     """Neither is down for it: what went wrong may be on our side."""
     entries = [{"url": "http://n1.invalid:1"}, {"url": "http://n2.invalid:1"}]
     async with rig(spec(), spec(), entries=entries) as r:
-        for node in r.app.pool.specs():
+        for node in r.app.pool.registry.specs():
             r.app.pool.observe(node.url, GOOD, 0.0)
             r.app.pool.observe(node.url, GOOD, 0.0)
         status, headers, body = await ask(r, MODEL)
@@ -659,7 +659,7 @@ async def test_many_clients_that_leave_at_once_leave_nothing_behind() -> None:
 
 
 def in_flight(r: Rig) -> list[int]:
-    return [node.in_flight for node in r.app.pool.snapshot()]
+    return [node.in_flight for node in r.app.pool.registry.snapshot()]
 
 
 async def release(r: Rig, tasks: Sequence[asyncio.Task[Any]]) -> None:

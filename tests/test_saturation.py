@@ -68,7 +68,7 @@ async def saturate(r: Rig, count: int) -> Counter[int]:
 async def balanced(r: Rig, nodes: Fleet, count: int) -> None:
     """Nothing waits, nothing is counted in flight, and every request had one lease."""
     assert (r.app.pool.waiting, r.app.pool.in_flight) == (0, 0)
-    assert [view.in_flight for view in r.app.pool.snapshot()] == [0] * NODES
+    assert [view.in_flight for view in r.app.pool.registry.snapshot()] == [0] * NODES
     while any((await nodes.in_flight()).values()):
         pass  # a node may learn after the client that it has answered
     samples = await scrape(r)
@@ -99,6 +99,6 @@ async def test_slots_that_are_learned_are_overdrawn_by_one_at_most() -> None:
         assert await saturate(r, 1000) == {200: 1000}
         most = [max(found.values()) for found in await peaks(nodes)]
         assert all(1 < one <= PARALLEL + 1 for one in most), most
-        learned = [max(view.slots.values()) for view in r.app.pool.snapshot()]
+        learned = [max(view.slots.values()) for view in r.app.pool.registry.snapshot()]
         assert all(one <= PARALLEL for one in learned), learned
         await balanced(r, nodes, 1000)

@@ -287,7 +287,7 @@ async def test_those_that_wait_for_a_node_that_goes_are_told_or_go_elsewhere(how
         tasks = [group.create_task(ask(r)) for _ in range(4)]
         await r.until(lambda: waiting(r) == 4)
         if how == "drained":
-            r.app.pool.drain("n1", draining=True)
+            r.app.pool.registry.drain("n1", draining=True)
         elif how == "removed":
             r.app.reconfigure(parsed({**r.settings, "nodes": r.settings["nodes"][1:]}))
         else:
@@ -295,7 +295,7 @@ async def test_those_that_wait_for_a_node_that_goes_are_told_or_go_elsewhere(how
             await r.nodes[0].refuse()
             for _ in range(3):
                 await r.look()
-            assert r.app.pool.suspect(url)
+            assert r.app.pool.registry.suspect(url)
         r.nodes[1].release()
         answers = [await task for task in tasks]
         assert {(one.status, one.header("X-Ollamux-Node")) for one in answers} == {(200, "n2")}

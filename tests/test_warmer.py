@@ -44,7 +44,7 @@ def bodies(r: Rig, index: int = 0) -> list[tuple[str, Any]]:
 
 
 def resident(r: Rig, name: str = MODEL) -> list[str]:
-    [kept] = [one for one in r.app.pool.kept() if one.model == name]
+    [kept] = [one for one in r.app.pool.warm.kept() if one.model == name]
     return list(kept.nodes)
 
 
@@ -162,7 +162,7 @@ async def test_a_load_holds_its_connection_and_counts_until_it_is_answered(polic
         task = asyncio.create_task(r.app.warmer.run())
         await r.until(lambda: r.nodes[0].held == 1)
         assert r.app.pool.in_flight == 1
-        r.app.pool.drain("n1", draining=True)
+        r.app.pool.registry.drain("n1", draining=True)
         await r.look()
         assert (r.app.pool.in_flight, r.nodes[0].held) == (1, 1), (
             "a drained node ends what it began"
@@ -216,7 +216,7 @@ async def test_what_can_be_asked_neither_way_is_no_fault_of_the_node() -> None:
         task = asyncio.create_task(r.app.warmer.run())
         await r.until(lambda: bool(told(r, "not preloaded")))
         assert [path for path, _ in bodies(r)] == ["/api/generate", "/api/embed"]
-        assert r.app.pool.snapshot()[0].ejected == ()
+        assert r.app.pool.registry.snapshot()[0].ejected == ()
         task.cancel()
 
 
@@ -239,7 +239,7 @@ async def test_nothing_is_begun_once_the_router_ends_or_another_one_serves() -> 
 async def test_nothing_is_begun_before_each_node_was_looked_at() -> None:
     async with rig(spec(), spec(warm=(MODEL,)), routing={"warm": {MODEL: 1}}, looked=False) as r:
         task = asyncio.create_task(r.app.warmer.run())
-        first, second = r.app.pool.specs()
+        first, second = r.app.pool.registry.specs()
         await r.app.prober.look(first, ("version", "tags", "ps"))
         await asyncio.sleep(0)
         await r.app.prober.look(second, ("version", "tags", "ps"))

@@ -9,9 +9,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from router.core.lease import Lease
 from router.core.names import parse
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.types import (
     Model,
     NodeSpec,

@@ -7,8 +7,9 @@ from random import Random
 from typing import NamedTuple
 
 from bench.routing.routers import Ask, Decision, Final, FleetView, Loaded
+from router.core.lease import Lease, Queued
 from router.core.policy import Attempt, Target
-from router.core.pool import AGAIN_S, Lease, Pool, Queued
+from router.core.pool import AGAIN_S, Pool
 from router.core.types import (
     Model,
     NodeSpec,
@@ -75,7 +76,7 @@ class Ours:
 
     def arrive(self, ask: Ask, now: float) -> None:
         work = Work(ask.flow, ask.prompt_tokens, ask.blocks, ask.max_tokens, ask.num_ctx)
-        target = self._pool.resolve(ask.model)
+        target = self._pool.registry.resolve(ask.model)
         assert isinstance(target, Target), target
         attempt = Attempt(target, work=work)
         self._asks[attempt], self._attempts[ask.number] = ask, attempt

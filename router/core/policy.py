@@ -9,7 +9,7 @@ import msgspec
 from router.core.bounds import Bounds
 from router.core.names import Name, Pin, pinned
 from router.core.node import Node
-from router.core.types import Reason, Refusal, Rejected, Resilience, Scope
+from router.core.types import Reason, Refusal, Rejected, Resilience, Scope, Weighed
 from router.core.work import NO_WORK, Work
 
 BUSY = "busy"
@@ -244,6 +244,12 @@ def why_not(node: Node, target: Target, now: float) -> str:
     if node.busy_until(key, now) is not None:
         return BUSY
     return "" if node.lets(key, now) else "ejected"
+
+
+def barred(node: Node, target: Target, now: float) -> Weighed:
+    """Why this node is not among those that a request for this may have."""
+    why = why_not(node, target, now)
+    return Weighed(node.spec, why or "others go before it", later=why == BUSY)
 
 
 def pick(nodes: Sequence[Node], rules: Resilience, now: float) -> Node:

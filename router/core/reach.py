@@ -7,7 +7,7 @@ import msgspec
 
 from router.core.node import Node
 from router.core.policy import Attempt, Eligible
-from router.core.types import Reason, Rejected
+from router.core.types import Reason, Rejected, Weighed
 
 
 class Range(msgspec.Struct, frozen=True, eq=False):
@@ -98,3 +98,14 @@ class Reach:
         """For how long it waits for the first pool alone."""
         known = self.of(attempt)
         return known[1].after_s if len(known) > 1 else inf
+
+    def later(self, attempt: Attempt) -> Iterator[Weighed]:
+        """The nodes of later pools, with how long it waits before it may have them."""
+        known = self.of(attempt)
+        before = {*known[0].nodes}
+        for reach in known[1:]:
+            nodes = [node for node in (*reach.nodes, *reach.outright) if node not in before]
+            before.update(nodes)
+            for node in nodes:
+                barred = f"of a later pool: may be had after {reach.after_s:g} s"
+                yield Weighed(node.spec, barred, later=True)

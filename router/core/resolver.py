@@ -19,8 +19,8 @@ _NEWEST = (1 << 40,)  # newer than all: no version is known
 
 
 class Resolver:
-    """Reads names for the pools of one configuration. What was worked out holds until the pool's
-    `revision` changes."""
+    """Reads names for the pools of one configuration. What was worked out holds until the
+    registry's `revision` changes."""
 
     def __init__(self, pools: Sequence[Sequence[Node]], rules: Rules, topology: Topology) -> None:
         self._pools = pools

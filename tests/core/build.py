@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from router.core.breaker import Ground, Roll
+from router.core.lease import Lease, Queued
 from router.core.node import Node
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool, Queued
+from router.core.pool import Pool
 from router.core.types import (
     Digest,
     Model,
@@ -121,14 +122,14 @@ def ready(
 ) -> Pool:  # fmt: skip
     """A pool after its first probe round: what each node has by the node's name."""
     pool = Pool(topology, 0.0, roll)
-    for spec in pool.specs():
+    for spec in pool.registry.specs():
         sign = Sign.BAD if spec.name in down else Sign.GOOD
         pool.observe(spec.url, seen(*present.get(spec.name, ()), sign=sign), now=0.0)
     return pool
 
 
 def attempt(pool: Pool, text: str, tried: Iterable[str] = ()) -> Attempt:
-    target = pool.resolve(text)
+    target = pool.registry.resolve(text)
     assert isinstance(target, Target), target
     return Attempt(target, frozenset(tried))
 
@@ -137,7 +138,7 @@ def ask(
     pool: Pool, text: str, tried: Iterable[str] = (), now: float = 0.0
 ) -> Lease | Queued | Rejected:
     """What a client that names this model meets."""
-    target = pool.resolve(text)
+    target = pool.registry.resolve(text)
     if isinstance(target, Rejected):
         return target
     return pool.submit(Attempt(target, frozenset(tried)), now)
@@ -151,4 +152,4 @@ def lease(pool: Pool, text: str, tried: Iterable[str] = (), now: float = 0.0) ->
 
 def in_flight(pool: Pool) -> dict[str, int]:
     """The count of each node by its name."""
-    return {view.spec.name: view.in_flight for view in pool.snapshot()}
+    return {view.spec.name: view.in_flight for view in pool.registry.snapshot()}

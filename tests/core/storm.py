@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from random import Random
 
+from router.core.lease import Lease
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.retry import Verdict
 from router.core.trail import Trail
 from router.core.types import (
@@ -278,12 +279,12 @@ class Storm:
 
     def _drain(self) -> None:
         url, draining = self.roll.choice(list(self.sims)), self.roll.random() < 0.7
-        self.say(f"{url} draining {draining}: {self.pool.drain(url, draining=draining)}")
+        self.say(f"{url} draining {draining}: {self.pool.registry.drain(url, draining=draining)}")
 
     def _reload(self) -> None:
         self.pool.reconfigure(self._topology(), self.now)
-        self.say(f"reload: {[one.name for one in self.pool.specs()]}")
-        for one in self.pool.specs():
+        self.say(f"reload: {[one.name for one in self.pool.registry.specs()]}")
+        for one in self.pool.registry.specs():
             self.at(0.01, lambda url=one.url: self._probe(url))  # type: ignore[misc]
 
     def _heal(self) -> None:
@@ -292,7 +293,7 @@ class Storm:
         self.pool.reconfigure(topology([sim.spec for sim in self.sims.values()]), self.now)
         for url, sim in self.sims.items():
             sim.mode, sim.failing = Mode.GOOD, set()
-            self.pool.drain(url, draining=False)
+            self.pool.registry.drain(url, draining=False)
             for after_s in (1.0, 2.0, 3.0):
                 self.at(after_s, lambda url=url: self._probe(url))  # type: ignore[misc]
 
@@ -302,7 +303,7 @@ class Storm:
         roll = self.roll
         key = roll.choice(self.keys)
         pin = f"@{roll.choice(list(self.sims.values())).spec.name}" if roll.random() < 0.1 else ""
-        target = self.pool.resolve(key + pin)
+        target = self.pool.registry.resolve(key + pin)
         if isinstance(target, Rejected):
             return
         request = self._request(key, target)
@@ -314,7 +315,7 @@ class Storm:
     def _come_well(self, key: str) -> None:
         if not any(key in sim.keys for sim in self.sims.values()):
             return
-        target = self.pool.resolve(key)
+        target = self.pool.registry.resolve(key)
         assert isinstance(target, Target), target
         request = self._request(key, target)
         self._ask(request)
@@ -485,7 +486,7 @@ class Storm:
 
     def _look(self) -> None:
         """Note who is steady: good in truth, and open, listed and let by the pool."""
-        self.views = {view.spec.url: view for view in self.pool.snapshot()}
+        self.views = {view.spec.url: view for view in self.pool.registry.snapshot()}
         for url, sim in self.sims.items():
             view = self.views.get(url)
             if view is None:
@@ -504,7 +505,7 @@ class Storm:
         runs = sum(len(sim.runs) for url, sim in self.sims.items() if url in self.views)
         assert runs == len(self.running), "a lease on a node that is not known any more"
         assert self.pool._budget.running == sum(run.paid for run in self.running)
-        for node in self.pool._nodes.values():
+        for node in self.pool.registry.nodes.values():
             for key, replica in node.replicas.items():
                 runs_here = [run for run in self.sims[node.spec.url].runs if run.request.key == key]
                 assert replica.in_flight == len(runs_here)

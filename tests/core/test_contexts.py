@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from router.core import dialect
 from router.core.edits import raise_context, with_context
+from router.core.lease import Lease
 from router.core.memory import Loads
 from router.core.names import parse
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.rates import Speed
 from router.core.types import (
     Model,

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from router.core import policy
 from router.core.bounds import Bounds
+from router.core.lease import Lease, Queued
 from router.core.names import Pin, parse
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool, Queued
+from router.core.pool import Pool
 from router.core.types import (
     Failure,
     FailureKind,
@@ -63,7 +64,7 @@ def pool_of(listed: Mapping[str, Mapping[str, Model]], resident: Mapping[str, st
 
 
 def target(pool: Pool, text: str) -> Target:
-    found = pool.resolve(text)
+    found = pool.registry.resolve(text)
     assert isinstance(found, Target), found
     return found
 
@@ -255,10 +256,10 @@ def test_a_flow_that_has_its_share_waits_though_there_is_a_slot() -> None:
 
 def test_the_first_of_a_flow_is_not_behind_those_of_one_that_has_its_share() -> None:
     pool = pool_of({"one": SMALL, "two": SMALL}, {"one": "a:latest"})
-    pool.drain("two", draining=True)
+    pool.registry.drain("two", draining=True)
     submit(pool, "a", Work("greedy"))
     submit(pool, "a", Work("greedy"))
-    pool.drain("two", draining=False)
+    pool.registry.drain("two", draining=False)
     work = Work("other", priority=Priority.BATCH)
     said = explain(pool, "a", work)
     assert shown(said)[0] == "one warm: later"
@@ -273,11 +274,11 @@ def test_nothing_is_counted_or_changed() -> None:
         submit(pool, "a", Work("f"))
     pool.granted(0.0)
     submit(pool, "a", Work("f"))
-    state = repr(pool), pool.waiting, pool.in_flight, pool.revision
+    state = repr(pool), pool.waiting, pool.in_flight, pool.registry.revision
     first = explain(pool, "a", Work("f"))
     assert explain(pool, "a", Work("f")) == first
     assert explain(pool, "b", Work("g"))
-    assert (repr(pool), pool.waiting, pool.in_flight, pool.revision) == state
+    assert (repr(pool), pool.waiting, pool.in_flight, pool.registry.revision) == state
     assert not pool.granted(0.0)
     assert explain(pool, "a", Work("f")) == first
 
@@ -359,7 +360,7 @@ class World:
 
     def stir(self, kind: str, which: int) -> None:
         """Something happens."""
-        leased, specs = list(self.leased), self.pool.specs()
+        leased, specs = list(self.leased), self.pool.registry.specs()
         one, place = (leased[which % len(leased)] if leased else None), specs[which % len(specs)]
         if kind == "time":
             self.now += which % 7
@@ -370,7 +371,9 @@ class World:
             how = {"ended": Outcome(), "failed": ANSWERED, "busy": BUSY}[kind]
             self.pool.leave(one, how, self.now)
         elif kind == "drain":
-            self.pool.drain(place.name, draining=place.url not in self.pool.drained)
+            self.pool.registry.drain(
+                place.name, draining=place.url not in self.pool.registry.drained
+            )
         elif kind == "seen":
             keys = {key: model for i, (key, model) in enumerate(LISTED.items()) if which >> i & 1}
             self.pool.observe(place.url, Observation(resident=keys), self.now)
@@ -399,7 +402,7 @@ def test_the_node_that_is_said_first_is_the_one_that_is_chosen(
         asked = target(pool, key)
         said = [*pool.explain(asked, work, world.now)]
         attempt = Attempt(asked, work=work)
-        if isinstance(found := pool._eligible(attempt, world.now), Rejected):
+        if isinstance(found := pool.registry.eligible_now(attempt, world.now), Rejected):
             assert not any(one.now for one in said)
             assert (found.refusal is Refusal.BUSY) is any(one.later for one in said)
             continue

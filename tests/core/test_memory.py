@@ -31,18 +31,18 @@ def names(specs: Iterable[NodeSpec]) -> list[str]:
 
 
 def holding(pool: Pool, text: str = M) -> list[str]:
-    target = pool.resolve(text)
+    target = pool.registry.resolve(text)
     assert isinstance(target, Target)
-    return names(pool.holding(target))
+    return names(pool.registry.holding(target))
 
 
 def unseen(pool: Pool, scope: Scope | None = None) -> list[str]:
-    return names(node for node, _ in pool.unseen(scope))
+    return names(node for node, _ in pool.registry.unseen(scope))
 
 
 def looked(pool: Pool) -> None:
-    for node, used in pool.unseen(None):
-        pool.saw(node.url, used)
+    for node, used in pool.registry.unseen(None):
+        pool.registry.saw(node.url, used)
 
 
 def test_a_node_is_unseen_from_the_beginning_of_a_request_and_again_from_its_end() -> None:
@@ -57,16 +57,16 @@ def test_a_node_is_unseen_from_the_beginning_of_a_request_and_again_from_its_end
     assert unseen(pool) == ["a"]
     assert unseen(pool, Scope("b", frozenset(["http://b:11434"]))) == []
     looked(pool)
-    pool.saw("http://gone:1", 5)
+    pool.registry.saw("http://gone:1", 5)
     assert unseen(pool) == []
 
 
 def test_what_happens_during_a_look_is_not_seen_by_it() -> None:
     pool = pool_of_three()
     pool.submit(attempt(pool, f"{M}@a"), now=0.0)
-    ((node, used),) = pool.unseen(None)
+    ((node, used),) = pool.registry.unseen(None)
     pool.submit(attempt(pool, f"{M}@a"), now=0.0)
-    pool.saw(node.url, used)
+    pool.registry.saw(node.url, used)
     assert unseen(pool) == ["a"]
 
 
@@ -86,7 +86,7 @@ def test_a_node_that_is_down_holds_nothing() -> None:
     pool = pool_of_three(down=["b"])
     pool.observe("http://b:11434", seen(M, sign=None, resident=[M]), 1.0)
     assert holding(pool) == []
-    assert names(pool.holding(Target())) == []
+    assert names(pool.registry.holding(Target())) == []
     assert lease(pool, M).node.name == "a"
 
 

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.bounds import conflicts
+from router.core.lease import Lease
 from router.core.node import fits, release
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.types import (
     Digest,
     Model,
@@ -30,7 +31,7 @@ PREFER = Wish.PREFER
 
 
 def scope(pool: Pool, text: str) -> Scope:
-    found = pool.scope(text)
+    found = pool.registry.scope(text)
     assert isinstance(found, Scope), found
     return found
 
@@ -39,12 +40,12 @@ def target(
     pool: Pool, text: str, where: str = "", need: Need = Need.NONE, since: tuple[int, ...] = ()
 ) -> Target | Rejected:
     inside = scope(pool, where) if where else None
-    return pool.resolve(text, inside, need, since)
+    return pool.registry.resolve(text, inside, need, since)
 
 
 def found(pool: Pool, wanted: Target | Rejected) -> str:
     """The nodes that may be asked, or `refusal: nodes`."""
-    verdict = wanted if isinstance(wanted, Rejected) else pool.eligible(wanted)
+    verdict = wanted if isinstance(wanted, Rejected) else pool.registry.eligible(wanted)
     return told(verdict)
 
 
@@ -85,29 +86,29 @@ def two_pools(**settings: object) -> Pool:
 )
 def test_a_scope_is_a_node_or_a_pool(text: str, expected: str) -> None:
     pool = two_pools()
-    assert told(pool.everyone(scope(pool, text))) == expected
+    assert told(pool.registry.everyone(scope(pool, text))) == expected
     assert scope(pool, text) is scope(pool, text)
 
 
 @pytest.mark.parametrize("text", ["four", "one:1", "", "a b", "@", "x/y"])
 def test_an_unknown_scope_names_the_nodes(text: str) -> None:
-    verdict = two_pools().scope(text)
+    verdict = two_pools().registry.scope(text)
     assert isinstance(verdict, Rejected)
     assert told(verdict) == "unknown-pin: one two three"
 
 
 def test_a_scope_that_could_be_two_nodes_names_them() -> None:
     nodes = [spec("x", "http://h:1"), spec("y", "https://h:1"), spec("z")]
-    verdict = ready(topology(nodes), {}).scope("h:1")
+    verdict = ready(topology(nodes), {}).registry.scope("h:1")
     assert isinstance(verdict, Rejected)
     assert told(verdict) == "ambiguous-pin: x y"
 
 
 def test_a_scope_is_forgotten_with_the_configuration_that_gave_it() -> None:
     pool = two_pools()
-    assert told(pool.everyone(scope(pool, "one"))) == "one"
+    assert told(pool.registry.everyone(scope(pool, "one"))) == "one"
     pool.reconfigure(topology([spec("two")]), now=0.0)
-    assert isinstance(pool.scope("one"), Rejected)
+    assert isinstance(pool.registry.scope("one"), Rejected)
 
 
 def test_a_request_of_a_scope_that_has_gone_is_refused() -> None:
@@ -115,10 +116,10 @@ def test_a_request_of_a_scope_that_has_gone_is_refused() -> None:
     one, front = scope(pool, "one"), scope(pool, "pool-0")
     pool.reconfigure(topology([spec("four")]), now=0.0)
     pool.observe("http://four:11434", seen("a:latest"), now=0.0)
-    assert found(pool, pool.resolve("a", one)) == "no-model"
-    assert found(pool, pool.resolve("a", front)) == "no-model"
-    assert found(pool, pool.anyone(front, Need.NONE, ())) == "nodes-down"
-    assert found(pool, pool.resolve("a", front, Need.PRIMARY)) == "no-model"
+    assert found(pool, pool.registry.resolve("a", one)) == "no-model"
+    assert found(pool, pool.registry.resolve("a", front)) == "no-model"
+    assert found(pool, pool.registry.anyone(front, Need.NONE, ())) == "nodes-down"
+    assert found(pool, pool.registry.resolve("a", front, Need.PRIMARY)) == "no-model"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +163,9 @@ def test_a_lease_stays_in_its_scope_through_every_try() -> None:
 
 def test_a_request_without_a_model_stays_in_its_scope() -> None:
     pool = two_pools()
-    assert found(pool, pool.anyone(scope(pool, "pool-1"), Need.NONE, ())) == "three"
-    assert found(pool, pool.anyone(scope(pool, "two"), Need.NONE, ())) == "two"
-    assert found(pool, pool.anyone(None, Need.NONE, ())) == "one two"
+    assert found(pool, pool.registry.anyone(scope(pool, "pool-1"), Need.NONE, ())) == "three"
+    assert found(pool, pool.registry.anyone(scope(pool, "two"), Need.NONE, ())) == "two"
+    assert found(pool, pool.registry.anyone(None, Need.NONE, ())) == "one two"
 
 
 def test_a_scope_whose_nodes_are_down_says_so() -> None:
@@ -173,7 +174,7 @@ def test_a_scope_whose_nodes_are_down_says_so() -> None:
         pool.observe(f"http://{name}:11434", felt(Sign.REFUSED), now=0.0)
     assert eligible(pool, "a", "pool-0") == "nodes-down: one two"
     assert eligible(pool, "a", "one") == "pin-down: one"
-    assert told(pool.everyone(None)) == "three"
+    assert told(pool.registry.everyone(None)) == "three"
 
 
 LABELS = {"gpu": "h100", "room": "2"}
@@ -262,7 +263,7 @@ def disks(**sizes: int) -> Pool:
 
 
 def homes(pool: Pool, text: str, where: str = "") -> str:
-    return told(pool.homes(known(target(pool, text, where))))
+    return told(pool.registry.homes(known(target(pool, text, where))))
 
 
 def down(pool: Pool, *names: str) -> Pool:
@@ -300,7 +301,7 @@ def test_a_stub_of_the_cloud_is_brought_to_the_nodes_that_may_ask_it() -> None:
 
 
 def holders(pool: Pool, text: str, where: str = "") -> str:
-    return told(pool.holders(known(target(pool, text, where))))
+    return told(pool.registry.holders(known(target(pool, text, where))))
 
 
 def test_the_holders_of_a_model_are_all_nodes_that_have_it() -> None:
@@ -314,7 +315,7 @@ def test_the_holders_of_a_model_are_all_nodes_that_have_it() -> None:
     assert holders(pool, "a@nobody") == "unknown-pin: one two three four"
     assert holders(down(pool, "three"), "b") == "nodes-down: three"
     assert holders(pool, "b@three") == "pin-down: three"
-    assert told(pool.holders(Target())) == "no-model"
+    assert told(pool.registry.holders(Target())) == "no-model"
 
 
 CLOUDY = [spec("one"), spec("two", cloud=True), spec("three", primary=True)]
@@ -350,12 +351,13 @@ def test_marks_say_who_is_asked(text: str, where: str, need: Need, expected: str
 def test_without_marks_any_node_does_for_the_cloud_and_one_node_is_its_own_primary() -> None:
     pool = marked(spec("one"), spec("two"))
     assert eligible(pool, "x:cloud") == "one two"
-    assert found(pool, pool.anyone(None, Need.CLOUD, ())) == "one two"
-    assert found(pool, pool.anyone(None, Need.PRIMARY, ())) == "unmarked: one two"
-    assert found(pool, pool.anyone(None, Need.ANY, ())) == "one two"
+    assert found(pool, pool.registry.anyone(None, Need.CLOUD, ())) == "one two"
+    assert found(pool, pool.registry.anyone(None, Need.PRIMARY, ())) == "unmarked: one two"
+    assert found(pool, pool.registry.anyone(None, Need.ANY, ())) == "one two"
     alone = marked(spec("one"))
-    assert found(alone, alone.anyone(None, Need.PRIMARY, ())) == "one"
-    assert found(down(alone, "one"), alone.anyone(None, Need.PRIMARY, ())) == "nodes-down: one"
+    assert found(alone, alone.registry.anyone(None, Need.PRIMARY, ())) == "one"
+    down(alone, "one")
+    assert found(alone, alone.registry.anyone(None, Need.PRIMARY, ())) == "nodes-down: one"
 
 
 @pytest.mark.parametrize(
@@ -409,7 +411,7 @@ def test_where_all_that_have_the_model_are_too_old_their_versions_are_told() -> 
     assert told(verdict) == "too-old: one two"
     assert verdict.versions == ("0.12.0", "0.13.5-rc1")
     assert found(down(pool, "three"), target(pool, "b", since=(0, 14, 0))) == "nodes-down: three"
-    assert found(pool, pool.anyone(None, Need.ANY, (1, 0, 0))) == "too-old: one two three"
+    assert found(pool, pool.registry.anyone(None, Need.ANY, (1, 0, 0))) == "too-old: one two three"
 
 
 def test_a_node_that_was_updated_is_asked() -> None:
@@ -459,12 +461,12 @@ def test_a_digest_counts_only_on_nodes_that_can_be_asked() -> None:
 
 def test_a_conflict_lasts_while_nodes_that_are_up_disagree() -> None:
     pool = digests(Digest.ANY, "one:x1", "two:x2", "three:y3")
-    now = pool.conflicts()
+    now = pool.registry.conflicts()
     assert now == {"a:latest": {"x": ["one", "two"], "y": ["three"]}}
-    assert pool.conflicts() is now
-    assert not down(pool, "three").conflicts()
+    assert pool.registry.conflicts() is now
+    assert not down(pool, "three").registry.conflicts()
     unknown = digests(Digest.ANY, "one:x1", "two:-2", "three:y3")
-    assert unknown.conflicts() == {"a:latest": {"x": ["one"], "y": ["three"]}}
+    assert unknown.registry.conflicts() == {"a:latest": {"x": ["one"], "y": ["three"]}}
 
 
 @given(
@@ -526,33 +528,37 @@ def test_an_alias_is_refused_as_its_first_model_is() -> None:
     pool = ready(topology(nodes, aliases={"c": ("x:cloud@two", "b"), "bad": "a b"}), {})
     assert eligible(pool, "c") == "unmarked: two"
     assert eligible(pool, "bad") == "bad-name"
-    assert list(pool.aliases) == ["c:latest", "bad:latest"]
+    assert list(pool.registry.aliases) == ["c:latest", "bad:latest"]
 
 
 def test_lists_hold_what_may_be_had() -> None:
     place = Placement(("a",), nodes=("one",))
     pool = placed(place, two="a b", three="b")
-    assert [sorted(models) for models in pool.listed(None)] == [
+    assert [sorted(models) for models in pool.registry.listed(None)] == [
         ["a:latest"], ["b:latest"], ["b:latest"], []
     ]  # fmt: skip
-    assert [sorted(models) for models in pool.listed(scope(pool, "two"))] == [["b:latest"]]
+    assert [sorted(models) for models in pool.registry.listed(scope(pool, "two"))] == [["b:latest"]]
     plain = down(two_pools(), "two")
-    assert [sorted(models) for models in plain.listed(None)] == [
+    assert [sorted(models) for models in plain.registry.listed(None)] == [
         ["a:latest"], ["a:latest", "b:latest"]
     ]  # fmt: skip
 
 
 def test_lists_hold_the_digest_that_is_asked() -> None:
     pool = digests(Digest.MAJORITY, "one:x1", "two:x2", "three:y3")
-    assert [list(models) for models in pool.listed(None)] == [["a:latest"], ["a:latest"], []]
+    assert [list(models) for models in pool.registry.listed(None)] == [
+        ["a:latest"],
+        ["a:latest"],
+        [],
+    ]
 
 
 def test_stubs_that_nobody_may_ask_for_are_not_listed() -> None:
     nodes = [spec("one"), spec("two", cloud=True), spec("three")]
     places = [Placement(("nothing",), nodes=("one",))]
     pool = ready(topology(nodes, placements=places), {"one": ["x:cloud"], "two": ["x:cloud"]})
-    assert [list(models) for models in pool.listed(None)] == [[], ["x:cloud"], []]
-    assert [list(models) for models in pool.listed(scope(pool, "one"))] == [[]]
+    assert [list(models) for models in pool.registry.listed(None)] == [[], ["x:cloud"], []]
+    assert [list(models) for models in pool.registry.listed(scope(pool, "one"))] == [[]]
 
 
 def test_what_limits_a_request_is_read_once_per_change() -> None:
@@ -575,7 +581,8 @@ def test_a_pool_without_rules_sets_no_bounds() -> None:
     pool = two_pools()
     assert known(target(pool, "a", since=(9, 9, 9))).bounds is None, "no version is known"
     assert known(target(pool, "x:cloud")).bounds is None
-    assert pool.anyone(None, Need.NONE, (0, 14, 0)) is pool.anyone(None, Need.NONE, ())
+    anyone = pool.registry.anyone
+    assert anyone(None, Need.NONE, (0, 14, 0)) is anyone(None, Need.NONE, ())
 
 
 def test_a_lease_of_a_bounded_request_is_given_back_as_any() -> None:

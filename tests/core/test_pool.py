@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core import dialect
+from router.core.lease import Lease, Queued
 from router.core.names import parse
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool, Queued
+from router.core.pool import Pool
 from router.core.rates import Waits
 from router.core.retry import Verdict
 from router.core.trail import Trail
@@ -117,7 +118,7 @@ RESOLVED: dict[str, tuple[str, str, str | None]] = {
 
 @pytest.mark.parametrize(("text", "expected"), RESOLVED.items(), ids=RESOLVED)
 def test_resolve(pool: Pool, text: str, expected: tuple[str, str, str | None]) -> None:
-    target = pool.resolve(text)
+    target = pool.registry.resolve(text)
     assert isinstance(target, Target)
     assert target.model is not None
     assert (target.sent, target.model.key, target.pin and target.pin.text) == expected
@@ -145,7 +146,7 @@ def test_a_body_goes_out_byte_for_byte_unless_something_is_taken_off(
     assert route is not None
     body = f'{{ "model":"{written}" }}'.encode()
     call = dialect.parse(route, body)
-    target = pool.resolve(call.model)
+    target = pool.registry.resolve(call.model)
     assert isinstance(target, Target)
     assert b"".join(dialect.rename(body, call, target.sent)) == f'{{ "model":"{sent}" }}'.encode()
 
@@ -200,14 +201,14 @@ def test_the_exact_name_wins_over_the_prefix_on_a_node_that_is_down_too() -> Non
 
 def test_an_alias_is_read_once_and_leads_to_a_model_of_its_own_name() -> None:
     pool = ready(topology([GPU_1], aliases={"phi": "llama3:8b", "llama3:8b": "phi"}), HAS)
-    target = pool.resolve("phi")
+    target = pool.registry.resolve("phi")
     assert isinstance(target, Target)
     assert target.sent == "llama3:8b"
 
 
 def test_an_alias_does_not_catch_the_cloud_model_of_its_name() -> None:
     pool = ready(topology([GPU_1], aliases={"kimi": "phi"}), HAS)
-    target = pool.resolve("kimi:cloud")
+    target = pool.registry.resolve("kimi:cloud")
     assert isinstance(target, Target)
     assert target.sent == "kimi:cloud"
 
@@ -301,12 +302,12 @@ def test_equal_attempts_are_two(pool: Pool) -> None:
 
 @pytest.mark.parametrize("outcome", [DONE, reset(FailureKind.REFUSED)])
 def test_leaving_without_a_lease_changes_nothing(pool: Pool, outcome: Outcome) -> None:
-    before = (pool.snapshot(), pool.revision)
+    before = (pool.registry.snapshot(), pool.registry.revision)
     rejected = attempt(pool, "no-such")
     assert isinstance(pool.submit(rejected, now=0.0), Rejected)
     assert not pool.leave(rejected, outcome, now=1.0)
     assert not pool.leave(attempt(pool, "phi"), outcome, now=1.0)
-    assert (pool.snapshot(), pool.revision) == before
+    assert (pool.registry.snapshot(), pool.registry.revision) == before
 
 
 def test_a_refused_connection_takes_the_node_down_at_once(pool: Pool) -> None:
@@ -314,7 +315,7 @@ def test_a_refused_connection_takes_the_node_down_at_once(pool: Pool) -> None:
     pool.submit(one, now=0.0)
     flips = pool.leave(one, reset(FailureKind.REFUSED), now=7.0)
     assert flips == [Flip("gpu-1", Health.UP, Health.DOWN, "it was refused")]
-    assert pool.snapshot()[0].since == 7.0
+    assert pool.registry.snapshot()[0].since == 7.0
     assert refused(pool, "phi") is Refusal.NODES_DOWN
 
 
@@ -331,7 +332,7 @@ def test_one_other_failure_is_left_to_the_probes(pool: Pool, kind: FailureKind) 
     one = attempt(pool, "phi")
     pool.submit(one, now=0.0)
     assert not pool.leave(one, reset(kind), now=1.0)
-    assert pool.snapshot()[0].health is Health.UP
+    assert pool.registry.snapshot()[0].health is Health.UP
 
 
 def test_observe_tells_each_flip_once() -> None:
@@ -348,21 +349,21 @@ def test_observe_tells_each_flip_once() -> None:
 def test_a_node_that_is_loading_or_busy_is_not_down(pool: Pool) -> None:
     for _ in range(20):
         assert not pool.observe(GPU_1.url, felt(None), now=1.0)
-    assert pool.snapshot()[0].health is Health.UP
-    assert not pool.suspect(GPU_1.url)
+    assert pool.registry.snapshot()[0].health is Health.UP
+    assert not pool.registry.suspect(GPU_1.url)
 
 
 def test_what_is_learned_of_a_busy_node_is_taken(pool: Pool) -> None:
     pool.observe(GPU_1.url, seen("new:latest", sign=None, version="0.9.0"), now=1.0)
-    assert pool.snapshot()[0].present == models(["new:latest"])
-    assert pool.snapshot()[0].version == "0.9.0"
+    assert pool.registry.snapshot()[0].present == models(["new:latest"])
+    assert pool.registry.snapshot()[0].version == "0.9.0"
 
 
 def test_a_probe_of_a_node_that_is_gone_is_passed_over(pool: Pool) -> None:
-    before = pool.revision
+    before = pool.registry.revision
     assert not pool.observe("http://gone:11434", seen("m:latest"), now=1.0)
-    assert pool.revision == before
-    assert not pool.suspect("http://gone:11434")
+    assert pool.registry.revision == before
+    assert not pool.registry.suspect("http://gone:11434")
 
 
 def test_models_come_and_go_with_observations(pool: Pool) -> None:
@@ -384,38 +385,38 @@ def test_revision_grows_with_what_a_listing_shows_and_with_nothing_else(pool: Po
         (seen("a:latest", sign=None, resident=["a:latest"]), 1),
     ]
     for observation, grows in steps:
-        before = pool.revision
+        before = pool.registry.revision
         pool.observe(GPU_1.url, observation, now=1.0)
-        assert pool.revision - before == grows
-    before = pool.revision
+        assert pool.registry.revision - before == grows
+    before = pool.registry.revision
     lease(pool, "llama3:8b")
-    assert pool.revision == before
+    assert pool.registry.revision == before
     pool.reconfigure(topology([GPU_1]), now=1.0)
-    assert pool.revision > before
+    assert pool.registry.revision > before
 
 
 def test_probed_and_any_up() -> None:
     pool = Pool(topology([GPU_1], [GPU_2]), now=0.0)
-    states = [(pool.probed, pool.any_up)]
+    states = [(pool.registry.probed, pool.registry.any_up)]
     for url, sign in [(GPU_1.url, Sign.BAD), (GPU_2.url, Sign.REFUSED), (GPU_2.url, Sign.GOOD)]:
         pool.observe(url, felt(sign), now=1.0)
-        states.append((pool.probed, pool.any_up))
+        states.append((pool.registry.probed, pool.registry.any_up))
     pool.observe(GPU_2.url, felt(Sign.GOOD), now=1.0)
-    states.append((pool.probed, pool.any_up))
+    states.append((pool.registry.probed, pool.registry.any_up))
     assert states == [(False, False), (False, False), (True, False), (True, False), (True, True)]
-    assert [view.up for view in pool.snapshot()] == [False, True]
+    assert [view.up for view in pool.registry.snapshot()] == [False, True]
 
 
 def test_a_pool_without_nodes() -> None:
     pool = Pool(topology(), now=0.0)
-    assert pool.snapshot() == []
-    assert pool.probed
-    assert not pool.any_up
+    assert pool.registry.snapshot() == []
+    assert pool.registry.probed
+    assert not pool.registry.any_up
     assert ask(pool, "m") == Rejected(Refusal.NODES_DOWN)
 
 
 def test_a_snapshot_does_not_change_afterwards(pool: Pool) -> None:
-    before = pool.snapshot()
+    before = pool.registry.snapshot()
     lease(pool, "phi")
     pool.observe(GPU_1.url, seen("b:latest", sign=Sign.REFUSED), now=9.0)
     assert [(view.in_flight, view.health) for view in before] == [(0, Health.UP)] * 2
@@ -425,6 +426,7 @@ def test_a_snapshot_does_not_change_afterwards(pool: Pool) -> None:
 def test_repr_tells_the_state(pool: Pool) -> None:
     lease(pool, "phi")
     assert repr(pool) == "<Pool [<gpu-1 up 1 in flight>, <gpu-2 up 0 in flight>] 1 leases>"
+    assert repr(pool.registry) == "<Registry [<gpu-1 up 1 in flight>, <gpu-2 up 0 in flight>]>"
 
 
 # A new configuration.
@@ -434,15 +436,15 @@ def test_a_node_that_stays_keeps_its_state(pool: Pool) -> None:
     one = attempt(pool, "phi")
     pool.submit(one, now=0.0)
     pool.observe(GPU_1.url, seen(*HAS["gpu-1"], resident=["phi:latest"], version="0.9"), now=4.0)
-    before = pool.snapshot()[0]
+    before = pool.registry.snapshot()[0]
     renamed = spec("first", GPU_1.url, slots=8, weight=3.0)
     pool.reconfigure(topology([GPU_2], [renamed]), now=5.0)
-    after = pool.snapshot()[1]
+    after = pool.registry.snapshot()[1]
     assert (after.spec, after.pool, after.leaving) == (renamed, "pool-1", False)
     assert (after.health, after.since, after.detail) == (before.health, before.since, before.detail)
     assert (after.in_flight, after.version) == (1, "0.9")
     assert (after.present, after.resident) == (before.present, before.resident)
-    assert pool.specs() == [GPU_2, renamed]
+    assert pool.registry.specs() == [GPU_2, renamed]
     pool.leave(one, DONE, now=6.0)
     assert in_flight(pool) == {"gpu-2": 0, "first": 0}
 
@@ -451,7 +453,7 @@ def test_signs_that_were_counted_stay_counted() -> None:
     pool = ready(topology([GPU_1], down_after=3), HAS)
     pool.observe(GPU_1.url, felt(Sign.BAD), now=1.0)
     pool.reconfigure(topology([GPU_1], down_after=2), now=2.0)
-    assert pool.suspect(GPU_1.url)
+    assert pool.registry.suspect(GPU_1.url)
     [flip] = pool.observe(GPU_1.url, felt(Sign.BAD), now=3.0)
     assert flip.now is Health.DOWN
 
@@ -461,14 +463,14 @@ def test_a_removed_node_gets_no_lease_and_goes_with_its_last(pool: Pool) -> None
     for one in attempts:
         pool.submit(one, now=0.0)
     pool.reconfigure(topology([GPU_2]), now=1.0)
-    assert [(view.spec.name, view.leaving) for view in pool.snapshot()] == [
+    assert [(view.spec.name, view.leaving) for view in pool.registry.snapshot()] == [
         ("gpu-2", False),
         ("gpu-1", True),
     ]
     assert refused(pool, "phi") is Refusal.NO_MODEL
     assert refused(pool, "phi@gpu-1") is Refusal.UNKNOWN_PIN
     assert not pool.observe(GPU_1.url, seen("phi:latest"), now=1.0)
-    assert not pool.knows("phi:latest")
+    assert not pool.registry.knows("phi:latest")
     pool.leave(attempts[0], DONE, now=2.0)
     assert in_flight(pool) == {"gpu-2": 0, "gpu-1": 1}
     pool.leave(attempts[1], reset(), now=3.0)
@@ -496,7 +498,7 @@ def test_a_node_that_comes_back_while_leaving_is_the_same_node(pool: Pool) -> No
 def test_a_node_that_comes_back_after_it_left_is_a_new_one(pool: Pool) -> None:
     pool.reconfigure(topology([GPU_2]), now=1.0)
     pool.reconfigure(topology([GPU_1, GPU_2]), now=2.0)
-    view = pool.snapshot()[0]
+    view = pool.registry.snapshot()[0]
     assert (view.health, view.since, view.present) == (Health.UNKNOWN, 2.0, {})
 
 
@@ -505,7 +507,7 @@ def test_a_new_address_under_an_old_name_is_a_new_node(pool: Pool) -> None:
     pool.submit(one, now=0.0)
     moved = spec("gpu-1", "http://elsewhere:11434")
     pool.reconfigure(topology([moved, GPU_2]), now=1.0)
-    assert [(view.spec, view.leaving, view.in_flight) for view in pool.snapshot()] == [
+    assert [(view.spec, view.leaving, view.in_flight) for view in pool.registry.snapshot()] == [
         (moved, False, 0),
         (GPU_2, False, 0),
         (GPU_1, True, 1),
@@ -526,7 +528,7 @@ def test_a_refusal_by_a_leaving_node_harms_nobody(pool: Pool) -> None:
     pool.reconfigure(topology([GPU_2]), now=1.0)
     pool.leave(one, reset(FailureKind.REFUSED), now=2.0)
     assert in_flight(pool) == {"gpu-2": 0}
-    assert pool.snapshot()[0].health is Health.UP
+    assert pool.registry.snapshot()[0].health is Health.UP
 
 
 def test_aliases_and_globs_are_those_in_force(pool: Pool) -> None:
@@ -648,27 +650,27 @@ def test_what_a_node_answers_does_not_take_a_model_from_the_list_of_all_others(
     pool: Pool,
 ) -> None:
     """The next probe does, if it is so: anybody may have a name answered with 404."""
-    revision = pool.revision
+    revision = pool.registry.revision
     fail(pool, "llama3:8b@gpu-1", FailureKind.MISSING, times=9)
-    assert pool.revision == revision
+    assert pool.registry.revision == revision
     assert set(run(pool, "llama3:8b", 0.0, times=4)) == {"gpu-1", "gpu-2"}
 
 
 def test_who_was_believed_to_have_a_model_that_it_was_asked_for(pool: Pool) -> None:
-    target = pool.resolve("llama3:8b")
+    target = pool.registry.resolve("llama3:8b")
     assert isinstance(target, Target)
-    assert pool.believed(GPU_1.url, target)
+    assert pool.registry.believed(GPU_1.url, target)
     pool.observe(GPU_1.url, seen("phi"), now=0.0)
-    assert pool.believed(GPU_1.url, target), "it was, when it was asked"
+    assert pool.registry.believed(GPU_1.url, target), "it was, when it was asked"
     pool.reconfigure(topology(), now=0.0)
-    assert pool.believed(GPU_1.url, target)
-    assert not pool.believed(GPU_1.url, Target())
-    assert not pool.believed(GPU_1.url, Target(parse("x:cloud"), None, "x:cloud"))
+    assert pool.registry.believed(GPU_1.url, target)
+    assert not pool.registry.believed(GPU_1.url, Target())
+    assert not pool.registry.believed(GPU_1.url, Target(parse("x:cloud"), None, "x:cloud"))
 
 
 def test_a_request_that_all_fail_ejects_nobody() -> None:
     pool = three()
-    target = pool.resolve("m")
+    target = pool.registry.resolve("m")
     assert isinstance(target, Target)
     for _ in range(20):
         fail(pool, "m@n0", FailureKind.ANSWERED)
@@ -685,15 +687,15 @@ def test_who_may_be_asked_at_all_is_no_matter_of_breakers() -> None:
     fail(pool, "m@n1", FailureKind.ANSWERED, times=5)
     fail(pool, "m@n2", FailureKind.BUSY)
     assert lease(pool, "m@n0", now=9.0).flips
-    target = pool.resolve("m")
+    target = pool.registry.resolve("m")
     assert isinstance(target, Target)
-    assert pool.eligible(target) == pool.specs()
+    assert pool.registry.eligible(target) == pool.registry.specs()
 
 
 def test_an_alias_stands_for_its_first_model_though_a_breaker_keeps_it_away() -> None:
     pool = ready(topology([GPU_1], aliases={"any": ("llama3:8b", "phi")}), HAS)
     fail(pool, "llama3:8b", FailureKind.BUSY)
-    target = pool.resolve("any")
+    target = pool.registry.resolve("any")
     assert isinstance(target, Target)
     assert target.sent == "llama3:8b"
     assert refused(pool, "any") is Refusal.BUSY
@@ -707,7 +709,7 @@ def test_a_node_that_fails_at_once_beside_three_good_ones_is_seen_by_no_client(
     """Of 10,000 requests of three seconds each, 100 a second, it gets at most one in a hundred."""
     specs = nodes(4, slots=4)
     pool = ready(topology(specs), {spec.name: [M] for spec in specs})
-    target = pool.resolve("m")
+    target = pool.registry.resolve("m")
     assert isinstance(target, Target)
     running, failed = deque[tuple[float, Attempt]](), 0
     for now in (step / 100 for step in range(0, 10_000, at_once)):
@@ -740,7 +742,7 @@ def test_a_node_that_fails_at_once_beside_three_good_ones_is_seen_by_no_client(
 
 def again(pool: Pool, text: str, failed: str, now: float = 0.0) -> Lease | Queued | Rejected:
     """The second attempt of a request that this node has answered with a failure."""
-    target, url = pool.resolve(text), f"http://{failed}:11434"
+    target, url = pool.registry.resolve(text), f"http://{failed}:11434"
     assert isinstance(target, Target)
     return pool.submit(Attempt(target, frozenset([url]), "", url), now)
 
@@ -781,7 +783,7 @@ def test_nor_does_leaving_one_that_is_gone(how: str) -> None:
     if how == "down":
         pool.observe("http://n0:11434", felt(Sign.REFUSED), now=0.0)
     elif how == "drained":
-        pool.drain("n0", draining=True)
+        pool.registry.drain("n0", draining=True)
     elif how == "removed":
         pool.reconfigure(topology(nodes(3)[1:]), now=0.0)
     else:
@@ -792,7 +794,7 @@ def test_nor_does_leaving_one_that_is_gone(how: str) -> None:
 @pytest.mark.parametrize("text", ["m", "x:cloud", None])
 def test_whatever_is_asked_for_counts(text: str | None) -> None:
     pool = three()
-    target = Target() if text is None else pool.resolve(text)
+    target = Target() if text is None else pool.registry.resolve(text)
     assert isinstance(target, Target)
     url = "http://n0:11434"
     attempts = [Attempt(target, frozenset([url]), "", url) for _ in range(9)]
@@ -801,14 +803,14 @@ def test_whatever_is_asked_for_counts(text: str | None) -> None:
 
 def test_others_go_before_those_that_have_failed_a_request_before() -> None:
     pool = three()
-    target = pool.resolve("m")
+    target = pool.registry.resolve("m")
     assert isinstance(target, Target)
     met = {"http://n0:11434", "http://n1:11434"}
     for _ in range(4):
         verdict = pool.submit(Attempt(target, met=met), 0.0)
         assert isinstance(verdict, Lease)
         assert verdict.node.name == "n2"
-    pool.drain("n2", draining=True)
+    pool.registry.drain("n2", draining=True)
     assert isinstance(pool.submit(Attempt(target, met=met), 0.0), Lease)
     assert isinstance(pool.submit(Attempt(target, tried=met, met=met), 0.0), Rejected)
 
@@ -834,7 +836,7 @@ def digests(*words: str) -> Pool:
         pools[-1].append(spec(name))
         has[name] = digest
     pool = Pool(topology(*pools), 0.0)
-    for one in pool.specs():
+    for one in pool.registry.specs():
         present = {M: Model(M, has[one.name], {})} if has[one.name] else {}
         pool.observe(one.url, Observation(Sign.GOOD, present=present), 0.0)
     return pool
@@ -853,9 +855,9 @@ def digests(*words: str) -> Pool:
 )
 def test_what_goes_on_needs_a_node_with_the_same_digest(words: str, chosen: str | None) -> None:
     pool = digests(*words.split())
-    target = pool.resolve("m")
+    target = pool.registry.resolve("m")
     assert isinstance(target, Target)
-    digest = pool.digest("http://one:11434", target)
+    digest = pool.registry.digest("http://one:11434", target)
     assert digest == "x"
     verdict = pool.submit(Attempt(target, frozenset(["http://one:11434"]), digest), 0.0)
     assert (verdict.node.name if isinstance(verdict, Lease) else None) == chosen
@@ -873,9 +875,9 @@ def test_what_goes_on_needs_a_node_with_the_same_digest(words: str, chosen: str 
 )
 def test_digest(url: str, text: str | None, digest: str) -> None:
     pool = digests("one=x")
-    target = Target() if text is None else pool.resolve(text)
+    target = Target() if text is None else pool.registry.resolve(text)
     assert isinstance(target, Target)
-    assert pool.digest(url, target) == digest
+    assert pool.registry.digest(url, target) == digest
 
 
 # Drain.
@@ -883,60 +885,61 @@ def test_digest(url: str, text: str | None, digest: str) -> None:
 
 def test_a_drained_node_gets_nothing_new_and_finishes_what_it_has(pool: Pool) -> None:
     held = lease(pool, "phi")
-    revision = pool.revision
-    assert pool.drain("gpu-1", draining=True) == GPU_1
-    assert pool.revision > revision
+    revision = pool.registry.revision
+    assert pool.registry.drain("gpu-1", draining=True) == GPU_1
+    assert pool.registry.revision > revision
     assert ask(pool, "phi") == Rejected(Refusal.DRAINED, (GPU_1,))
     assert ask(pool, "phi@gpu-1") == Rejected(Refusal.DRAINED, (GPU_1,))
     assert set(run(pool, "llama3:8b", 0.0, times=4)) == {"gpu-2"}
-    assert [(view.draining, view.up, view.in_flight) for view in pool.snapshot()] == [
+    assert [(view.draining, view.up, view.in_flight) for view in pool.registry.snapshot()] == [
         (True, True, 1),
         (False, True, 0),
     ]
     pool.leave(held.attempt, DONE, now=1.0)
     assert in_flight(pool)["gpu-1"] == 0
-    assert pool.drain("gpu-1", draining=False) == GPU_1
+    assert pool.registry.drain("gpu-1", draining=False) == GPU_1
     assert lease(pool, "phi").node == GPU_1
 
 
 def test_draining_twice_is_draining_once(pool: Pool) -> None:
-    pool.drain("gpu-1", draining=True)
-    revision = pool.revision
-    assert pool.drain("http://gpu-1:11434", draining=True) == GPU_1
-    assert pool.revision == revision
-    assert pool.drained == [GPU_1.url]
+    pool.registry.drain("gpu-1", draining=True)
+    revision = pool.registry.revision
+    assert pool.registry.drain("http://gpu-1:11434", draining=True) == GPU_1
+    assert pool.registry.revision == revision
+    assert pool.registry.drained == [GPU_1.url]
 
 
 @pytest.mark.parametrize("sign", Sign)
 def test_no_probe_ends_a_drain(pool: Pool, sign: Sign) -> None:
-    pool.drain("gpu-1", draining=True)
+    pool.registry.drain("gpu-1", draining=True)
     for _ in range(5):
         pool.observe(GPU_1.url, felt(sign), now=1.0)
     assert not isinstance(ask(pool, "phi"), Lease)
-    assert pool.drained == [GPU_1.url]
+    assert pool.registry.drained == [GPU_1.url]
 
 
 def test_only_one_node_that_there_is_can_be_drained(pool: Pool) -> None:
-    assert pool.drain("gpu-9", draining=True) == Rejected(Refusal.UNKNOWN_PIN, (GPU_1, GPU_2))
-    assert pool.drain("pool-0", draining=True) == Rejected(Refusal.AMBIGUOUS_PIN)
-    assert pool.drained == []
+    unknown = Rejected(Refusal.UNKNOWN_PIN, (GPU_1, GPU_2))
+    assert pool.registry.drain("gpu-9", draining=True) == unknown
+    assert pool.registry.drain("pool-0", draining=True) == Rejected(Refusal.AMBIGUOUS_PIN)
+    assert pool.registry.drained == []
 
 
 def test_a_new_configuration_keeps_who_is_drained_and_who_is_ejected() -> None:
     pool = three()
-    pool.drain("n0", draining=True)
+    pool.registry.drain("n0", draining=True)
     fail(pool, "m@n1", FailureKind.RESET, times=3)
     renamed = [spec("new", "http://n0:11434"), spec("n1", slots=9), spec("n2")]
     pool.reconfigure(topology(renamed), now=0.5)
-    assert pool.drained == ["http://n0:11434"]
-    assert [bool(view.ejected) for view in pool.snapshot()] == [False, True, False]
+    assert pool.registry.drained == ["http://n0:11434"]
+    assert [bool(view.ejected) for view in pool.registry.snapshot()] == [False, True, False]
     assert set(run(pool, "m", now=0.9, times=9)) == {"n2"}
     pool.reconfigure(topology(renamed, rules=replace(RULES, panic_share=0.9)), now=0.9)
     assert set(run(pool, "m", now=0.9, times=9)) == {"n1", "n2"}
 
 
 def test_a_node_that_is_down_and_drained_comes_back_drained(pool: Pool) -> None:
-    pool.drain("gpu-1", draining=True)
+    pool.registry.drain("gpu-1", draining=True)
     pool.observe(GPU_1.url, felt(Sign.REFUSED), now=1.0)
     assert refused(pool, "phi") is Refusal.NODES_DOWN
     for _ in range(2):
@@ -946,12 +949,12 @@ def test_a_node_that_is_down_and_drained_comes_back_drained(pool: Pool) -> None:
 
 def test_another_process_may_take_over_who_is_drained() -> None:
     pool, other = three(), three()
-    pool.drain("n0", draining=True)
-    pool.drain("n2", draining=True)
-    revision = other.revision
-    other.keep_drained(["http://gone:11434", *pool.drained])
-    assert other.drained == ["http://n0:11434", "http://n2:11434"]
-    assert other.revision > revision
+    pool.registry.drain("n0", draining=True)
+    pool.registry.drain("n2", draining=True)
+    revision = other.registry.revision
+    other.registry.keep_drained(["http://gone:11434", *pool.registry.drained])
+    assert other.registry.drained == ["http://n0:11434", "http://n2:11434"]
+    assert other.registry.revision > revision
     assert set(run(other, "m", 0.0, times=4)) == {"n1"}
 
 

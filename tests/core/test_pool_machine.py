@@ -18,10 +18,11 @@ from hypothesis.stateful import (
     rule,
 )
 
+from router.core.lease import Lease
 from router.core.names import parse, split_pin
 from router.core.node import TRANSITIONS
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool
+from router.core.pool import Pool
 from router.core.types import (
     Ejected,
     Ejection,
@@ -211,10 +212,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(topology=topologies(), probed=st.booleans())
     def reconfigure(self, topology: Topology, probed: bool) -> None:
-        revision = self.pool.revision
+        revision = self.pool.registry.revision
         self.pool.reconfigure(topology, self.tick())
         self.expect(topology)
-        assert self.pool.revision > revision
+        assert self.pool.registry.revision > revision
         if probed:
             self.probe_round(KEYS)
 
@@ -261,7 +262,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(url=st.sampled_from(URLS), draining=st.booleans())
     def drain(self, url: str, draining: bool) -> None:
-        told = self.pool.drain(url, draining=draining)
+        told = self.pool.registry.drain(url, draining=draining)
         if url not in self.configured:
             assert isinstance(told, Rejected)
             return
@@ -367,7 +368,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def check_refusal(self, rejected: Rejected, attempt: Attempt) -> None:
         target = attempt.target
-        assert all(spec in self.pool.specs() for spec in rejected.nodes)
+        assert all(spec in self.pool.registry.specs() for spec in rejected.nodes)
         holders = [node for node in self.nodes() if node.serves(target)]
         if target.pin is not None:
             assert rejected.refusal in {
@@ -425,19 +426,23 @@ class PoolMachine(RuleBasedStateMachine):
             self.end(attempt, kind, told=True)
         return multiple(*attempts)
 
+    def shown(self) -> object:
+        registry = self.pool.registry
+        return registry.snapshot(), registry.revision, self.pool.in_flight
+
     @rule(attempt=ended, kind=st.sampled_from([None, FailureKind.REFUSED]))
     def leave_again(self, attempt: Attempt, kind: FailureKind | None) -> None:
-        before = (self.pool.snapshot(), self.pool.revision, self.pool.in_flight)
+        before = self.shown()
         outcome = Outcome(None if kind is None else Failure(kind))
         assert not self.pool.leave(attempt, outcome, self.tick())
-        assert (self.pool.snapshot(), self.pool.revision, self.pool.in_flight) == before
+        assert self.shown() == before
 
     @rule(url=st.sampled_from(URLS), key=st.sampled_from(KEYS))
     def forgive(self, url: str, key: str) -> None:
         """Nobody is shut out or let in for it."""
-        before = (self.pool.snapshot(), self.pool.revision, self.pool.in_flight)
+        before = self.shown()
         self.pool.forgive(url, Target(parse(key), None, key))
-        assert (self.pool.snapshot(), self.pool.revision, self.pool.in_flight) == before
+        assert self.shown() == before
 
     @precondition(lambda self: len(self.held) > 5)
     @rule()
@@ -451,7 +456,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def look_at_ejected(self) -> None:
         """What the operator is shown is what was told, flip by flip; and no trial is forgotten."""
-        for view in self.pool.snapshot():
+        for view in self.pool.registry.snapshot():
             node = self.known[view.spec.url]
             node.shown = view.ejected
             shown = {one.model: one.trial for one in view.ejected if not one.busy}
@@ -462,7 +467,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def nodes_and_their_models_count_the_same(self) -> None:
-        for node in [*self.pool._nodes.values(), *self.pool._leaving]:
+        for node in [*self.pool.registry.nodes.values(), *self.pool.registry.leaving]:
             url = node.spec.url
             on = [key_of(attempt) for attempt, where in self.held.items() if where == url]
             counts = {key: one.in_flight for key, one in node.replicas.items() if one.in_flight}
@@ -474,7 +479,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_balance(self) -> None:
-        views = self.pool.snapshot()
+        views = self.pool.registry.snapshot()
         assert all(view.in_flight >= 0 for view in views)
         assert sum(view.in_flight for view in views) == self.pool.in_flight == len(self.held)
         on = list(self.held.values())
@@ -484,7 +489,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_known_is_what_was_told(self) -> None:
-        views = self.pool.snapshot()
+        views = self.pool.registry.snapshot()
         assert [view.spec for view in views] == [node.spec for node in self.known.values()]
         for view, node in zip(views, self.known.values(), strict=True):
             assert (view.pool, view.health, view.since) == (node.pool, node.health, node.since)
@@ -494,20 +499,20 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_leaves_has_leases_and_no_configuration(self) -> None:
-        for view in self.pool.snapshot():
+        for view in self.pool.registry.snapshot():
             assert view.leaving is (view.spec.url not in self.configured)
             assert not view.leaving or view.in_flight > 0
 
     @invariant()
     def the_short_answers_agree_with_the_long_one(self) -> None:
-        stay = [view for view in self.pool.snapshot() if not view.leaving]
-        assert list(self.pool.specs()) == [view.spec for view in stay]
-        assert self.pool.any_up is any(view.up for view in stay)
-        assert self.pool.probed is all(view.health is not Health.UNKNOWN for view in stay)
+        stay = [view for view in self.pool.registry.snapshot() if not view.leaving]
+        assert list(self.pool.registry.specs()) == [view.spec for view in stay]
+        assert self.pool.registry.any_up is any(view.up for view in stay)
+        assert self.pool.registry.probed is all(view.health is not Health.UNKNOWN for view in stay)
         for view in stay:
-            assert self.pool.suspect(view.spec.url) is view.suspect
+            assert self.pool.registry.suspect(view.spec.url) is view.suspect
         for key in KEYS:
-            assert self.pool.knows(key) is any(key in view.present for view in stay)
+            assert self.pool.registry.knows(key) is any(key in view.present for view in stay)
 
     def teardown(self) -> None:
         """When everybody has left, nothing is left."""
@@ -516,7 +521,7 @@ class PoolMachine(RuleBasedStateMachine):
         for attempt in list(self.held):
             self.pool.leave(attempt, Outcome(), self.tick())
         assert self.pool.in_flight == 0
-        views: list[NodeView] = list(self.pool.snapshot())
+        views: list[NodeView] = list(self.pool.registry.snapshot())
         assert [view.spec.url for view in views] == self.configured
         assert all(view.in_flight == 0 for view in views)
 

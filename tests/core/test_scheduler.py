@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.core.lease import Lease, Lost, Queued
 from router.core.names import parse, split_pin
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Lost, Pool, Queued
+from router.core.pool import Pool
 from router.core.types import (
     Failure,
     FailureKind,
@@ -157,7 +158,7 @@ class Yard:
 
     def served(self, model: str) -> None:
         """Some answers of it have been seen where it is used, as quick as was guessed."""
-        for node in self.pool._nodes.values():
+        for node in self.pool.registry.nodes.values():
             if f"{model}:latest" in node.replicas:
                 for _ in range(9):
                     node.replicas[f"{model}:latest"].rates.learn(Usage(0, 100, None, 1.0, None))
@@ -496,7 +497,7 @@ def test_after_eight_seconds_a_node_makes_room() -> None:
     assert yard.end("y1") == {}
     assert yard.end("y2") == {"x": "a load"}
     yard.begin("x")
-    assert yard.pool._scheduler.scores.memory(yard.pool._nodes[url("a")]).wanted == ""
+    assert yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")]).wanted == ""
 
 
 def test_of_two_nodes_the_one_that_is_ready_first_makes_room() -> None:
@@ -868,7 +869,7 @@ def test_a_node_on_trial_gets_one_request_of_those_that_wait() -> None:
         yard.end(name, FAILED)
     for i in range(9):
         yard.ask(f"x-{i}")
-    views = yard.pool.snapshot()
+    views = yard.pool.registry.snapshot()
     assert max(view.in_flight for view in views) <= 4
 
 
@@ -903,8 +904,8 @@ def test_who_waits_in_vain_is_told_what_one_who_comes_now_is(how: str) -> None:
     yard.ask("y1", pin="b")
     yard.ask("y2", pin="b")
     if how == "drained":
-        yard.pool.drain("a", draining=True)
-        yard.pool.drain("b", draining=True)
+        yard.pool.registry.drain("a", draining=True)
+        yard.pool.registry.drain("b", draining=True)
     elif how == "removed":
         yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY, b=Has("y")), yard.now)
     for name in ("a", "b") if how == "deleted" else ():
@@ -1021,7 +1022,7 @@ def test_slots_are_learned_where_none_are_configured() -> None:
     yard.ask("x0", out=400)
     for i in range(1, 40):
         yard.ask(f"x{i}", out=400)
-    memory = yard.pool._scheduler.scores.memory(yard.pool._nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
     served = 0
     while memory.learned("x:latest").sure < 4 and served < 30:
         yard.settle(2.0)
@@ -1069,7 +1070,7 @@ def test_those_that_wait_are_counted_by_priority() -> None:
 
 def test_what_is_known_of_slots_can_be_asked() -> None:
     yard = Yard(a=Has("x", auto=True))
-    scheduler, node = yard.pool._scheduler, yard.pool._nodes[url("a")]
+    scheduler, node = yard.pool._scheduler, yard.pool.registry.nodes[url("a")]
     yard.ask("x")
     assert scheduler.learned(node) == {"x:latest": 1}
     scheduler.scores.keep([])

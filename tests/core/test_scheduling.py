@@ -13,10 +13,11 @@ from hypothesis.stateful import (
     rule,
 )
 
+from router.core.lease import Lease, Lost, Queued
 from router.core.names import parse, split_pin
 from router.core.node import Node
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Lost, Pool, Queued
+from router.core.pool import Pool
 from router.core.queue import Waiting
 from router.core.types import (
     Failure,
@@ -109,7 +110,7 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     @property
     def nodes(self) -> Mapping[str, Node]:
-        return self.pool._nodes
+        return self.pool.registry.nodes
 
     def on(self, url: str, key: str) -> int:
         return sum(
@@ -137,7 +138,7 @@ class SchedulingMachine(RuleBasedStateMachine):
             self.leased(verdict)
         elif isinstance(verdict, Queued):
             self.waiting[attempt] = self.now
-            told = verdict.expected_s < inf and self.pool._has_served(key_of(attempt))
+            told = verdict.expected_s < inf and self.pool.registry.has_served(key_of(attempt))
             assert not told or late.deadline >= self.now + verdict.expected_s
         else:
             assert verdict.refusal is not Refusal.LATE or patience_s < inf
@@ -173,7 +174,7 @@ class SchedulingMachine(RuleBasedStateMachine):
             for one in given:
                 del self.waiting[one.attempt]
                 if isinstance(one, Lost):
-                    verdict = self.pool._eligible(one.attempt, self.now)
+                    verdict = self.pool.registry.eligible_now(one.attempt, self.now)
                     assert isinstance(verdict, Rejected)
                     assert verdict.refusal is one.rejected.refusal
                 else:
@@ -255,7 +256,7 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     @rule(url=st.sampled_from(URLS), draining=st.booleans())
     def drain(self, url: str, draining: bool) -> None:
-        self.pool.drain(url, draining=draining)
+        self.pool.registry.drain(url, draining=draining)
         self.settle()
 
     @rule(topology=topologies())
@@ -295,7 +296,7 @@ class SchedulingMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_for_what_is_gone(self) -> None:
         for one in self.pool._scheduler.queue:
-            verdict = self.pool._eligible(one.attempt, self.now)
+            verdict = self.pool.registry.eligible_now(one.attempt, self.now)
             if isinstance(verdict, Rejected) and self.pool._scheduler._may(one):
                 assert self.pool._hopes(verdict, self.now)
 
@@ -339,7 +340,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         if "pool" not in self.__dict__:
             return
         for url in self.specs:
-            self.pool.drain(url, draining=False)
+            self.pool.registry.drain(url, draining=False)
             self.live(url)
         rounds = 0
         while self.leases or self.waiting:

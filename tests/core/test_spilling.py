@@ -72,7 +72,7 @@ class Pools(Yard):
         self.pool.observe(url(name), Observation(Sign.REFUSED), self.now)
 
     def in_flight(self) -> dict[str, int]:
-        return {view.spec.name: view.in_flight for view in self.pool.snapshot()}
+        return {view.spec.name: view.in_flight for view in self.pool.registry.snapshot()}
 
 
 def busy(*pools: Of) -> Pools:
@@ -251,7 +251,7 @@ def test_nodes_that_have_failed_a_request_are_its_last_resort() -> None:
 def test_a_pool_has_its_own_policy_before_that_of_all() -> None:
     yard = Pools(of(DELAY, a=Has("x", present="x")), of(b=Has("y")), policy=LEAST)
     assert yard.pool.schedules
-    assert [yard.pool.schedules_at(url(name)) for name in "ab"] == [True, False]
+    assert [yard.pool.registry.schedules_at(url(name)) for name in "ab"] == [True, False]
     assert yard.ask("x1") == "a warm"
     assert yard.ask("x2") == "waits 1.00"
     assert [yard.ask("y1"), yard.ask("y2")] == ["b later-pool"] * 2
@@ -313,7 +313,7 @@ def test_room_is_made_no_longer_for_who_goes_to_another_pool() -> None:
     yard.ask("y1")
     yard.ask("x1")
     yard.settle(9.0)
-    memory = yard.pool._scheduler.scores.memory(yard.pool._nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
     assert memory.wanted == "x:latest"
     assert yard.settle(1.0) == {"x1": "b later-pool"}
     assert memory.wanted == ""

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.core.lease import Lease, Warming
 from router.core.policy import Attempt, Target
-from router.core.pool import Lease, Pool, Warming
+from router.core.pool import Pool
 from router.core.types import (
     Digest,
     Failure,
@@ -127,7 +128,7 @@ class Barn:
 
     def ask(self, key: str, name: str, work: Work | None = None) -> Attempt | None:
         """A client's request for a model on a node; None where it waits."""
-        target = self.pool.resolve(f"{key}@{name}")
+        target = self.pool.registry.resolve(f"{key}@{name}")
         assert isinstance(target, Target)
         attempt = Attempt(target) if work is None else Attempt(target, work=work)
         found = self.pool.submit(attempt, self.now)
@@ -221,7 +222,7 @@ def test_nothing_is_loaded_on_a_node_that_is_loading_something_else(policy: Poli
 def test_only_nodes_that_have_the_model_and_take_requests_are_asked(policy: Policy) -> None:
     barn = Barn("uuuu", "abcd", policy=policy, has={"a": "v"})
     barn.up("b", Sign.REFUSED)
-    barn.pool.drain("c", draining=True)
+    barn.pool.registry.drain("c", draining=True)
     assert barn.due() == ["d loads u"]
 
 
@@ -262,7 +263,7 @@ def test_another_node_has_it_when_one_dies_or_is_drained(policy: Policy) -> None
     assert barn.due() == ["b loads u"]
     barn.done("b loads u")
     barn.look("b", "u")
-    barn.pool.drain("b", draining=True)
+    barn.pool.registry.drain("b", draining=True)
     assert barn.due() == ["c loads u"]
 
 
@@ -376,7 +377,7 @@ def test_others_count_with_a_load_of_what_is_kept_for_certain() -> None:
         barn = Barn(warm, "ab", gb=5)
         barn.look("a", "v")
         barn.after(100)
-        target = barn.pool.resolve("w")
+        target = barn.pool.registry.resolve("w")
         assert isinstance(target, Target)
         [found] = [
             one for one in barn.pool.explain(target, Work(), barn.now) if one.node.name == "a"
@@ -416,7 +417,7 @@ def test_a_node_that_dies_while_it_loads_has_nothing() -> None:
 def test_it_is_asked_for_again_after_half_of_its_time(policy: Policy) -> None:
     barn = Barn("u", "a", policy=policy)
     barn.look("a", "u", left_s=300, context_length=8192)
-    assert (barn.due(), barn.pool.warm_at) == ([], barn.now + 150)
+    assert (barn.due(), barn.pool.warm.next_at) == ([], barn.now + 150)
     barn.after(100).look("a", "u", left_s=200)
     assert barn.after(49).due() == []
     assert barn.after(1).due() == ["a keeps u"]
@@ -426,7 +427,7 @@ def test_it_is_asked_for_again_after_half_of_its_time(policy: Policy) -> None:
     barn.done("a keeps u")
     assert barn.due() == []
     barn.look("a", "u", left_s=300)
-    assert (barn.due(), barn.pool.warm_at) == ([], barn.now + 150)
+    assert (barn.due(), barn.pool.warm.next_at) == ([], barn.now + 150)
 
 
 def test_with_the_context_that_it_has() -> None:
@@ -513,16 +514,16 @@ def test_a_reload_takes_effect_at_once(policy: Policy) -> None:
     barn.pool.reconfigure(barn.topology(""), barn.now)
     barn.done("a keeps v")
     assert barn.after(1000).due() == []
-    assert repr(barn.pool._warm) == "<Warm {}>"
+    assert repr(barn.pool.warm) == "<Warm {}>"
 
 
 @BOTH
 def test_what_is_kept_can_be_seen(policy: Policy) -> None:
     barn = Barn("uuv", "ab", policy=policy)
     barn.look("b", "u")
-    assert barn.pool.kept() == [Kept("u:latest", 2, ("b",)), Kept("v:latest", 1)]
-    barn.pool.drain("b", draining=True)
-    assert barn.pool.kept() == [Kept("u:latest", 2), Kept("v:latest", 1)]
+    assert barn.pool.warm.kept() == [Kept("u:latest", 2, ("b",)), Kept("v:latest", 1)]
+    barn.pool.registry.drain("b", draining=True)
+    assert barn.pool.warm.kept() == [Kept("u:latest", 2), Kept("v:latest", 1)]
 
 
 def test_it_is_no_request_of_a_client() -> None:
@@ -576,7 +577,7 @@ class Farm:
         assert self.nodes[name].submit(job, self.now)
 
     def ask(self, key: str) -> None:
-        target = self.pool.resolve(key)
+        target = self.pool.registry.resolve(key)
         assert isinstance(target, Target)
         attempt = Attempt(target, work=Work(max_tokens=100))
         found = self.pool.submit(attempt, self.now)
@@ -644,5 +645,5 @@ def test_it_comes_to_what_is_wanted_and_never_at_the_price_of_what_works(
     assert not farm.jobs
     assert farm.pool.in_flight == 0
     farm.look()
-    loaded = {kept.model: len(kept.nodes) for kept in farm.pool.kept()}
+    loaded = {kept.model: len(kept.nodes) for kept in farm.pool.warm.kept()}
     assert loaded == {key: min(count, 3) for key, count in farm.wanted.items()}

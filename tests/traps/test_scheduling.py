@@ -118,7 +118,7 @@ async def test_trap_15_an_answer_is_no_sign_of_illness(status: int) -> None:
             if path != "/api/show":
                 assert (await ask(r, path)).status == status
         await r.look()
-        (node,) = r.app.pool.snapshot()
+        (node,) = r.app.pool.registry.snapshot()
         assert node.up
         assert not node.suspect
 
@@ -128,7 +128,7 @@ async def test_trap_15_a_node_whose_ps_is_slow_is_well() -> None:
         for path in ("/api/ps", "/api/ps", "/api/tags", "/api/tags"):
             r.nodes[0].fault = Fault(K.HANG, path=path)
             await r.look()
-            assert r.app.pool.any_up
+            assert r.app.pool.registry.any_up
         assert (await ask(r, "/api/chat")).status == 200
 
 
@@ -144,7 +144,7 @@ async def test_trap_16_a_port_that_accepts_is_no_node_yet() -> None:
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server, rig(spec(), entries=[{"url": url}], probe={"timeout_s": 0.05}) as r:
         assert connected.is_set()
-        assert not r.app.pool.any_up
+        assert not r.app.pool.registry.any_up
         assert (await ask(r, "/api/chat")).status == 503
         assert (await send(r, f"{r.admin}/readyz", method="GET")).status == 503
     assert not any(b"POST" in sent for sent in got)
@@ -281,7 +281,7 @@ async def test_trap_53_what_is_not_in_ps_counts_too() -> None:
             held = group.create_task(ask(r, "/api/chat", f"{MODEL}@n1"))
             await r.nodes[0].until(lambda: r.nodes[0].held == 1)
             await r.look()
-            first, second = [node.resident for node in r.app.pool.snapshot()]
+            first, second = [node.resident for node in r.app.pool.registry.snapshot()]
             assert (set(first), set(second)) == (set(), {MODEL})
             assert (await ask(r, "/api/chat", messages=HELLO)).node == "n2"
             r.nodes[0].release()

@@ -315,7 +315,7 @@ async def test_trap_54_a_node_that_is_silent_over_one_answer_is_well(path: str) 
             await node.until(lambda: node.held == 1)
             for _ in range(3):
                 await r.look()
-            assert r.app.pool.any_up
+            assert r.app.pool.registry.any_up
             assert (await ask(r, "/api/embed")).status == 200
             assert not asked.done()
             node.release()
