@@ -114,7 +114,7 @@ class Pool:
                 return Rejected(Refusal.BUDGET)
         model, runs = target.model, attempt.work.infers
         if found.nodes[0].schedules and runs and model is not None and not model.cloud:
-            return self._schedule(attempt, model.key, now, paid=paid)
+            return self._schedule(attempt, model.key, found, now, paid=paid)
         node = policy.pick(found.nodes, self._ground.rules, now)
         return self._lease(attempt, node, found.reason, now, paid=paid)
 
@@ -150,11 +150,11 @@ class Pool:
         return len(self._scheduler.queue)
 
     def _schedule(
-        self, attempt: Attempt, key: str, now: float, *, paid: bool
+        self, attempt: Attempt, key: str, eligible: Eligible, now: float, *, paid: bool
     ) -> Lease | Queued | Rejected:
         if paid:
             self._paid.add(attempt)
-        nodes_of = self._nodes_of(now)
+        nodes_of = self._nodes_of(now).find(attempt, eligible)
         found = self._scheduler.submit(attempt, key, nodes_of, now)
         if isinstance(found, Placed):
             return self._placed(found, nodes_of, now)

@@ -46,7 +46,7 @@ class Reach:
     the same. All that have waited for as many pools are given the very same list. `lost`: those
     that were looked at, and for whom there is nothing."""
 
-    __slots__ = ("_eligible", "_known", "_now", "_since", "lost")
+    __slots__ = ("_eligible", "_known", "_last", "_now", "_since", "lost")
 
     def __init__(
         self, eligible: Callable[[Attempt], Eligible | Rejected],
@@ -56,7 +56,13 @@ class Reach:
         self._since = since
         self._now = now
         self._known: dict[object, Sequence[Range]] = {}
+        self._last: tuple[Attempt, Sequence[Range]] | None = None
         self.lost: dict[Attempt, Rejected] = {}
+
+    def find(self, attempt: Attempt, found: Eligible) -> "Reach":
+        """It is known already what this one may have."""
+        self._last = attempt, (*ranges(found, attempt.met),)
+        return self
 
     def __call__(self, attempt: Attempt) -> Sequence[Node]:
         """The nodes that the scheduler may give it."""
@@ -72,6 +78,8 @@ class Reach:
 
     def of(self, attempt: Attempt) -> Sequence[Range]:
         """All that it may have, sooner or later."""
+        if self._last is not None and self._last[0] is attempt:
+            return self._last[1]
         target = attempt.target
         model = None if target.model is None else target.model.key
         same = (
@@ -80,14 +88,14 @@ class Reach:
         )  # fmt: skip
         known = self._known.get(same)
         if known is None:
-            known = self._known[same] = self._ranges(attempt)
+            found = self._eligible(attempt)
+            known = self._known[same] = (
+                (Range(0.0, (), refused=found),)
+                if isinstance(found, Rejected)
+                else (*ranges(found, attempt.met),)
+            )
+        self._last = attempt, known
         return known
-
-    def _ranges(self, attempt: Attempt) -> Sequence[Range]:
-        found = self._eligible(attempt)
-        if isinstance(found, Rejected):
-            return (Range(0.0, (), refused=found),)
-        return (*ranges(found, attempt.met),)
 
     def spilled(self, attempt: Attempt, node: Node) -> bool:
         """Whether this node of a later pool is had only for having waited."""

@@ -160,6 +160,7 @@ class Scheduler:
                 best.hold(self.scores.service_s(other, best))
 
     def _ranked(self, one: Waiting, nodes: Sequence[Node], now: float) -> Sequence[Weighed]:
+        nodes = sorted(nodes, key=lambda node: node.in_flight)
         found = [self._weighed(one, self.scores.seat(node, one.key, now), now) for node in nodes]
         return sorted(found, key=lambda one: inf if one.total_s is None else one.total_s)
 
@@ -210,14 +211,14 @@ class Scheduler:
     def _best(
         self, one: Waiting, nodes: Sequence[Node], now: float
     ) -> tuple[Seat | None, Terms | None]:
-        best, found, least = None, None, inf
+        best, found, least = None, None, (inf, 0)
         for node in nodes:
             if node in self.spared:
                 continue
             seat = self.scores.seat(node, one.key, now)
             terms = self.scores.terms(one, seat, now)
-            if terms is not None and terms.total_s < least:
-                best, found, least = seat, terms, terms.total_s
+            if terms is not None and (terms.total_s, node.in_flight) < least:
+                best, found, least = seat, terms, (terms.total_s, node.in_flight)
         return best, found
 
     def _hope(self, nodes: Sequence[Node], key: str, now: float) -> bool:
@@ -284,6 +285,8 @@ class Scheduler:
         """Nodes make no more room for what nobody waits for."""
         by_key = self.queue.by_key
         for memory in self.scores.memories.values():
+            if not memory.wanted:
+                continue
             memory.release(by_key)
             loaded = memory.loaded.get(memory.wanted)
             if (

@@ -3,7 +3,7 @@ answer's beginning."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapreplace
 from math import exp, inf
 
 import msgspec
@@ -167,7 +167,7 @@ class Scores:
         self._demand.count(key, now)
         price = cost(nodes[0].size(key), None, 1.0)
         known = 0
-        for node in nodes:
+        for node in nodes if attempt.work.blocks else ():
             loaded = self.memory(node).loaded.get(key)
             if loaded is not None:
                 known = max(known, loaded.prefixes.common(attempt.work.blocks))
@@ -350,14 +350,12 @@ def _ends(node: Node, memory: Memory, loaded: Loaded, now: float) -> list[float]
     if node.spec.auto and len(loaded.runs) == slots:
         slots += memory.tries(loaded.key, now)
     free = min(slots - len(loaded.runs), _ENDS_MAX)
-    ends: list[float] = []
-    if free < _ENDS_MAX:  # or nobody gets to see when those that run will end
+    ends = [0.0] * free  # in order, they are a heap
+    if loaded.runs and free < _ENDS_MAX:  # or nobody gets to see when those that run will end
         runs = loaded.runs.values()
-        ends = sorted((max(run.holds_s(now), RUNNING_S) for run in runs), reverse=True)[:slots]
-    ends += [0.0] * free
+        ends += sorted(max(run.holds_s(now), RUNNING_S) for run in runs)[-slots:]
     if loaded.ready is not None:
         left_s = loaded.ready - now
         left_s = max(left_s, _LOADING_S, overdue_s(left_s))
         ends = [max(end, left_s) for end in ends]
-    heapify(ends)
     return ends

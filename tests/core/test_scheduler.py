@@ -545,6 +545,12 @@ def test_after_many_have_waited_for_a_slot_the_model_is_loaded_once_more() -> No
     assert yard.terms("x")["b"] != yard.terms("x")["a"]
 
 
+def test_of_nodes_that_cost_the_same_the_one_with_less_in_flight_is_taken() -> None:
+    yard = Yard(a=Has("x", slots=4), b=Has("x", slots=4))
+    found = [yard.ask(f"x{number}") for number in range(4)]
+    assert found == ["a warm", "b warm", "a warm", "b warm"]
+
+
 def wanted(yard: Yard) -> dict[str, str]:
     """What each node makes room for."""
     memories = yard.pool._scheduler.scores.memories
