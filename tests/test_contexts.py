@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from router.sim import SimSpec
-from tests.rig import MODEL, Rig, model, rig, spec, talk
+from tests.rig import LEAST, MODEL, Rig, model, rig, spec, talk
 from tests.test_metrics import scrape, total
 
 AT_LEAST: dict[str, Any] = {"policy": "expected-delay", "num_ctx": "at_least"}
@@ -193,7 +193,7 @@ async def test_what_another_client_of_the_node_changes_is_counted_apart() -> Non
 
 async def test_speeds_are_told_once_they_were_seen() -> None:
     slow = spec(model(prefill_tps=100_000.0, decode_tps=10_000.0, load_s=0.15))
-    async with rig(slow) as r:
+    async with rig(slow, routing=LEAST) as r:
         names = ("prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds")
         families = [f"ollamux_node_model_{name}" for name in names]
         assert [total(await scrape(r), name) for name in families] == [0, 0, 0]
@@ -229,6 +229,6 @@ async def test_first_bytes_are_told_beside_what_was_expected() -> None:
         for name in ("ollamux_first_byte_seconds", "ollamux_first_byte_expected_seconds"):
             assert total(samples, f"{name}_count", reason="load") == 1
             assert total(samples, f"{name}_count") == 2, "of one in one piece nothing begins"
-    async with rig() as r:
+    async with rig(routing=LEAST) as r:
         await _chat(r, None)
         assert total(await scrape(r), "ollamux_first_byte_seconds_count") == 0
