@@ -37,6 +37,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     at: float
     request: str
+    flow: str
     model: str
     node: str
     reason: Reason
@@ -170,12 +171,14 @@ class Dispatch:
 
 
 class Held:
-    """The lease of one attempt. `outcome`: how it ended, where that is no exception."""
+    """The lease of one attempt. `outcome`: how it ended, where that is no exception; `waited_s`:
+    how long there was none to be had."""
 
-    __slots__ = ("_attempt", "_deadline", "_dispatch", "_lease", "_request", "outcome")
+    __slots__ = ("_attempt", "_deadline", "_dispatch", "_lease", "_request", "outcome", "waited_s")
 
     def __init__(self, dispatch: Dispatch, attempt: Attempt, deadline: float, request: str) -> None:
         self.outcome: Outcome | None = None
+        self.waited_s = 0.0
         self._dispatch = dispatch
         self._attempt = attempt
         self._deadline = deadline
@@ -198,11 +201,11 @@ class Held:
             if not await dispatch.room(self._key, verdict.until, self._deadline):
                 raise Refused(verdict)
             now = dispatch.clock()
-        self._lease = verdict
+        self._lease, self.waited_s = verdict, now - came
         dispatch.decisions.append(
             Decision(
-                now, self._request, self._key, verdict.node.name, verdict.reason, now - came,
-                verdict.expected_s,
+                now, self._request, self._attempt.work.flow, self._key, verdict.node.name,
+                verdict.reason, self.waited_s, verdict.expected_s,
             )
         )  # fmt: skip
         for flip in verdict.flips:

@@ -100,7 +100,7 @@ def _verdict(weighed: Sequence[Weighed], refusal: Refusal) -> Mapping[str, objec
             "verdict": "waits",
             "node": None if best.barred else best.node.name,
             "reason": best.reason,
-            "wait_s": _rounded(best.wait_s),
+            "wait_s": None if best.barred else _rounded(best.wait_s),
         }
     return {"verdict": "refused", "node": None, "reason": refusal.value, "wait_s": None}
 
@@ -125,6 +125,7 @@ def _decision(one: Decision, behind_s: float) -> Mapping[str, object]:
     return {
         "at": round(one.at + behind_s, 3),
         "request": one.request or None,
+        "flow": one.flow or None,
         "model": one.model or None,
         "node": one.node,
         "reason": one.reason.value,

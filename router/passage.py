@@ -112,6 +112,7 @@ class Passage(msgspec.Struct, eq=False):
     work: Work = NO_WORK
     trail: Trail | None = None
     relay: Relay | None = None
+    waited_s: float = 0.0  # for nodes
     plan: Plan | None = None
     digest: str = ""
     said: dict[str, Said] = {}
@@ -131,6 +132,7 @@ class Passage(msgspec.Struct, eq=False):
         async with held as lease:
             node = lease.node
             report.attempts += 1
+            self.waited_s += held.waited_s
             report.node, report.url, report.reason = node.name, node.url, lease.reason
             report.ahead, report.expected_s = lease.ahead, lease.expected_s
             try:
@@ -202,7 +204,8 @@ class Passage(msgspec.Struct, eq=False):
         )
         now = self.report.sent_at = means.clock()
         if self.report.overhead_s is None:
-            self.report.overhead_s = now - self.report.started - self.reading_s
+            own_s = now - self.report.started - self.reading_s
+            self.report.overhead_s = own_s - self.waited_s
         streams = self.call.streams and not self.call.tools
         limit_s = means.pool.first_byte_s(lease, waits, length, streams=streams)
         if self.deadline == inf:

@@ -16,6 +16,12 @@ import pytest
 from router import __version__
 from router.admin import ReloadResult
 from router.app import App
+from router.core.lease import Lease
+from router.core.names import parse
+from router.core.policy import Attempt, Target
+from router.core.pool import Pool
+from router.core.types import Outcome
+from router.core.work import Work
 from router.metrics import CONTENT_TYPE
 from router.sim import Fault, FaultKind, SimNode
 from tests.process import entry, serving, settings, write
@@ -561,6 +567,25 @@ async def test_what_would_wait_is_told_for_which_node_and_how_long() -> None:
         assert told["verdict"] == "now"
 
 
+async def test_a_flow_that_has_its_share_is_told_so_and_of_no_node() -> None:
+    async with rig(spec(model(), warm=(MODEL,)), routing=DELAY) as r:
+        pool, target = r.app.pool, Target(parse(MODEL))
+        pool.leave(leased(pool, target, "other"), Outcome(), monotonic())
+        while (told := (await explained(r, flow="f"))[1])["verdict"] == "now":
+            leased(pool, target, "f")
+        assert (told["verdict"], told["node"], told["wait_s"]) == ("waits", None, None)
+        assert told["nodes"][0]["barred"] == "its flow has its share of the slots already"
+        _, told = await explained(r, flow="g")
+        assert (told["verdict"], told["node"]) == ("waits", "n1"), "the only slot"
+
+
+def leased(pool: Pool, target: Target, flow: str) -> Attempt:
+    """A request of a flow that has got a node, and does not end by itself."""
+    attempt = Attempt(target, work=Work(flow))
+    assert isinstance(pool.submit(attempt, monotonic()), Lease)
+    return attempt
+
+
 async def test_what_waiting_would_bring_is_told_of_later_pools() -> None:
     async with rig(spec(model(), warm=(MODEL,)), spec()) as r:
         first, second = ([one] for one in r.settings["nodes"])
@@ -713,8 +738,10 @@ async def test_the_last_decisions_are_told_the_latest_first() -> None:
         assert [(one["reason"], one["request"]) for one in (warm, load)] == reasons[:2]
         assert [one.pop("model") for one in (warm, load)] == [MODEL, "other:latest"]
         assert [one["reason"] for one in (warm, load)] == ["warm", "load"]
-        assert list(warm) == ["at", "request", "node", "reason", "waited_s", "expected_s"]
-        assert (warm["node"], warm["waited_s"]) == ("n1", 0.0)
+        assert list(warm) == [
+            "at", "request", "flow", "node", "reason", "waited_s", "expected_s",
+        ]  # fmt: skip
+        assert (warm["flow"], warm["node"], warm["waited_s"]) == ("127.0.0.1", "n1", 0.0)
         assert load["expected_s"] > warm["expected_s"] >= 0
         text = await r.metrics()
         for reason in ("warm", "load", "no-model"):
@@ -744,6 +771,7 @@ async def test_no_more_decisions_are_kept_than_a_few_hundred() -> None:
         found = await decided(r)
         assert len(found) == 256
         assert all(one["expected_s"] is None for one in found)
+        assert all(one["flow"] is None for one in found)
 
 
 async def test_how_long_a_request_has_waited_is_told() -> None:

@@ -294,6 +294,22 @@ async def test_the_end_of_a_request_for_the_model_makes_room_for_the_first_who_w
         assert [await waiting.went.get() for _ in range(2)] == [1, 2]
 
 
+async def test_how_long_there_was_no_room_is_told(books: Books) -> None:
+    held = books.dispatch.lease(books.attempt(), inf)
+
+    async def wait() -> None:
+        async with held:
+            pass
+
+    async with asyncio.TaskGroup() as group, books.dispatch.lease(books.attempt()):
+        await fill(books)
+        group.create_task(wait())
+        await turns(3)
+        assert (books.dispatch.waiting, held.waited_s) == (1, 0.0)
+        books.dispatch.clock = lambda: 9.5
+    assert held.waited_s == 2.5
+
+
 async def test_the_end_of_another_model_s_does_not(books: Books) -> None:
     async with crowd(books) as waiting, books.dispatch.lease(books.attempt()):
         await fill(books)

@@ -1,6 +1,6 @@
 """Who waits for a node, and in which order: start-time fair queueing over flows."""
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -195,6 +195,17 @@ class Queue:
         for key in keys:
             self.by_key[key].sort(key=_TURN)
         flow.finish = max(flow.finish + more, last)
+
+    def before(self, one: Waiting, now: float) -> int:
+        """How many of those that wait for the same model go before it."""
+        alike = self.by_key[one.key]
+        if len(alike) == 1:
+            return 0
+        priority, rank, place = one.attempt.work.priority, one.rank(now), bisect_left(alike, one)
+        return place + sum(
+            (other.rank(now) < rank) - (at < place)
+            for at, other in enumerate(alike) if other.attempt.work.priority is not priority
+        )  # fmt: skip
 
     def alike(self, key: str, now: float) -> list[Waiting]:
         """Those that wait for one model, in their order: by priority, where the first of one has

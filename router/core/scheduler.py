@@ -19,6 +19,7 @@ from router.core.usage import Usage
 
 _PATIENCE_S = 8.0  # then a node is made to make room
 _FLOW_SHARE = 0.7
+_HAS_SHARE = "its flow has its share of the slots already"
 _BACKLOG = 4  # a flow that has more of them waiting would take each slot that gets free
 _LOOKED_AT = 64  # of those that wait for one model
 
@@ -65,7 +66,7 @@ class Scheduler:
         start = self.queue.tag(flow, self.scores.asked(attempt, key, nodes_of(attempt), now))
         one = self.queue.push(attempt, key, flow, start, now)
         self._begin()
-        placed = self._give([one], nodes_of, now)
+        placed = self._give([one], nodes_of, now, self.queue.before(one, now))
         return placed[0] if placed else one
 
     def pass_(
@@ -168,14 +169,19 @@ class Scheduler:
         terms, node = self.scores.terms(one, seat, now), seat.node.spec
         if terms is None:
             return Weighed(node, "no room for the model", later=True)
+        may = self._may(one)
         return Weighed(
-            node, "", terms.wait_s, terms.load_s, terms.answer_s, seat.reason(one.attempt),
-            now=terms.now and self._may(one), later=True,
+            node, "" if may else _HAS_SHARE, terms.wait_s, terms.load_s, terms.answer_s,
+            seat.reason(one.attempt), now=terms.now and may, later=True,
         )  # fmt: skip
 
     # Who gets it.
 
-    def _give(self, alike: Sequence[Waiting], nodes_of: NodesOf, now: float) -> list[Placed]:
+    def _give(
+        self, alike: Sequence[Waiting], nodes_of: NodesOf, now: float, ahead: int = 0
+    ) -> list[Placed]:
+        """Give nodes to those of one model, in their order. `ahead`: how many go before the first,
+        and are not among them."""
         found: list[Placed] = []
         shut: set[int] = set()  # lists of nodes of which none can take anything now
         barred: set[Flow] = set()  # those that have their share
@@ -201,7 +207,7 @@ class Scheduler:
             elif terms.now:
                 found.append(self._grant(one, best, now))
             else:
-                one.expected_s = terms.wait_s + terms.load_s + self._ahead_s(one, best)
+                one.expected_s = terms.wait_s + terms.load_s + self._ahead_s(one, best, ahead)
                 best.hold(self.scores.service_s(one, best))
                 self._insist(one, best, now)
                 if not self._hope(nodes, one.key, now):
@@ -225,9 +231,8 @@ class Scheduler:
         """Whether a node could take another request for this model now."""
         return any(self.scores.seat(n, key, now).free for n in nodes if n not in self.spared)
 
-    def _ahead_s(self, one: Waiting, seat: Seat) -> float:
-        """How long those take that wait for the same model, roughly."""
-        ahead = self._waiting(one.key) - 1
+    def _ahead_s(self, one: Waiting, seat: Seat, ahead: int) -> float:
+        """How long those take that go before it, roughly."""
         return ahead * self.scores.service_s(one, seat) / max(1, self._slots(one.key))
 
     def _slots(self, key: str) -> int:

@@ -249,7 +249,9 @@ def test_a_flow_that_has_its_share_waits_though_there_is_a_slot() -> None:
     pool.leave(submit(pool, "a", Work("other")), Outcome(), 0.0)
     for _ in range(4):
         submit(pool, "a", Work("greedy"))
-    assert shown(explain(pool, "a", Work("greedy"))) == ["one warm: later"]
+    greedy = explain(pool, "a", Work("greedy"))
+    assert shown(greedy) == ["one warm: later"]
+    assert greedy[0].barred == "its flow has its share of the slots already"
     assert shown(explain(pool, "a", Work("other"))) == ["one warm: now"]
     assert shown(explain(pool, "a", Work("third"))) == ["one warm: now"]
 

@@ -327,6 +327,26 @@ def test_every_half_minute_is_worth_a_priority(
     assert one.rank(waited_s)[0] == rank
 
 
+@given(st.lists(st.tuples(st.sampled_from("abc"), COSTS, st.sampled_from(Priority)), min_size=1))
+def test_so_many_go_before_one_as_stand_before_it(
+    come: list[tuple[str, float, Priority]],
+) -> None:
+    door = Door()
+    for who, cost, priority in come:
+        door.come(who, cost, priority=priority)
+    order = door.queue.alike("m", door.now)
+    assert [door.queue.before(one, door.now) for one in order] == [*range(len(come))]
+
+
+def test_one_that_has_waited_for_a_minute_goes_before_the_urgent() -> None:
+    door = Door()
+    door.come("b", priority=BATCH)
+    door.now = 61.0
+    last = door.come("a", 100.0, priority=INTERACTIVE)
+    last.start += 1.0
+    assert door.queue.before(last, door.now) == 1
+
+
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), COSTS, st.sampled_from(Priority)), min_size=1),
     st.sampled_from(Priority),

@@ -766,6 +766,16 @@ def test_who_cannot_be_served_in_time_is_told_so_at_once() -> None:
     assert yard.ask("z", within_s=0.0) == "waits inf", "nobody knows how long"
 
 
+def test_who_goes_before_a_flood_is_not_refused_for_its_sake() -> None:
+    yard = Yard(a=Has("x"))
+    flood(yard, "f", 100)
+    yard.served("x")
+    assert yard.ask("x-other", flow="o", within_s=3.0) == "waits 1.00"
+    assert yard.ask("x-third", flow="g", within_s=3.0) == "waits 2.00", "behind that one alone"
+    assert yard.ask("x-now", flow="h", within_s=3.0, priority=Priority.INTERACTIVE) == "waits 1.00"
+    assert yard.ask("x-batch", flow="h", within_s=3.0, priority=Priority.BATCH) == "late 103.00"
+
+
 def test_nobody_is_refused_for_a_guess() -> None:
     yard = Yard(a=Has("x"))
     yard.ask("x1")
