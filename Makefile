@@ -23,8 +23,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JAVASCRIPT := tests/clients/node_modules/.package-lock.json
 
-.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay bench-routing \
-	bench-routing-report bench-routing-plots clean
+.PHONY: demo test test-live chaos soak storm check lint types layers cover run bench-relay bench-routing bench-routing-report bench-routing-plots clean
 
 demo: $(READY)
 	@$(BIN)/ollamux demo

@@ -195,6 +195,8 @@ class Scheduler:
             if not self._may(one):
                 barred.add(one.flow)
                 self._barred.add(one.flow)
+                if one.expected_s == inf:
+                    one.expected_s = self._share_s(one, nodes, now)
                 continue
             left -= 1
             if not left:
@@ -245,10 +247,9 @@ class Scheduler:
     def _may(self, one: Waiting) -> bool:
         """Whether its flow has not got its share of the slots already, of all and of those for
         the model."""
-        active, flow = self.queue.active, one.flow
-        if active < 2:
+        flow, share = one.flow, self._share
+        if share >= 1:
             return True
-        share = max(_FLOW_SHARE, 1 / active)
         slots = sum(
             memory.slots(key, node.spec)
             for node, memory in self.scores.memories.items() for key in memory.loaded
@@ -257,6 +258,19 @@ class Scheduler:
         if flow.waiting > max(mine, _BACKLOG) and held >= max(1, int(share * mine)):
             return False
         return sum(flow.held.values()) < max(1, share * slots)
+
+    def _share_s(self, one: Waiting, nodes: Sequence[Node], now: float) -> float:
+        """How long it waits, roughly, while its flow gets no more than its share."""
+        best, _ = self._best(one, nodes, now)
+        if best is None:
+            return inf
+        slots = max(1, int(self._share * self._slots(one.key)))
+        return one.flow.waiting * self.scores.service_s(one, best) / slots
+
+    @property
+    def _share(self) -> float:
+        """How much one flow may have of the slots."""
+        return max(_FLOW_SHARE, 1 / self.queue.active)
 
     def _grant(self, one: Waiting, seat: Seat, now: float) -> Placed:
         attempt, key, loaded, node = one.attempt, one.key, seat.loaded, seat.node

@@ -776,6 +776,29 @@ def test_who_goes_before_a_flood_is_not_refused_for_its_sake() -> None:
     assert yard.ask("x-batch", flow="h", within_s=3.0, priority=Priority.BATCH) == "late 103.00"
 
 
+def test_who_has_its_share_is_told_how_long_its_own_take() -> None:
+    """Of the four slots two are a flow's share; the others stay free."""
+    yard = Yard(a=Has("x", slots=4), b=Has("y", present="y"))
+    yard.ask("y", flow="g")
+    for number in range(12):
+        yard.ask(f"x{number}", flow="f")
+    yard.served("x")
+    held = sum(name.startswith("x") for name in yard.leases)
+    waiting = 12 - held
+    said = yard.ask("x-next", flow="f", within_s=1000.0)
+    assert said == f"waits {(waiting + 1) / 2:.2f}"
+    assert yard.ask("x-late", flow="f", within_s=1.0) == f"late {(waiting + 2) / 2:.2f}"
+    yard.settle(1.0)
+    assert yard.ask("x-other", flow="f", within_s=1000.0) == f"waits {(waiting + 2) / 2:.2f}"
+
+
+def test_where_there_is_no_room_nobody_knows_how_long_a_share_takes() -> None:
+    yard = Yard(a=Has("x", slots=1, gpus=(4,)))
+    yard.ask("x1", flow="g", out=1000)
+    yard.ask("x2", flow="f", out=1000)
+    assert yard.ask("y", flow="g") == "waits inf"
+
+
 def test_nobody_is_refused_for_a_guess() -> None:
     yard = Yard(a=Has("x"))
     yard.ask("x1")
