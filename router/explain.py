@@ -44,7 +44,7 @@ async def asked(request: web.BaseRequest) -> Asked:
             fields = msgspec.json.decode(body, type=dict[str, object])
             return msgspec.convert({name: _whole(one) for name, one in fields.items()}, Asked)
         return msgspec.convert(_single(request.query), Asked, strict=False)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ClientError(400, str(error)) from error
 
 

@@ -689,6 +689,7 @@ async def test_what_placement_leaves_out_is_said_so() -> None:
         (b"\xff", "", "malformed"),
         (b'{"model": "m\xff"}', "", "utf-8"),
         (b"[]", "", "object"),
+        (b'{"model":' + 30_000 * b"[", "", "recursion"),
         (b'{"model": "m", "promt_tokens": 1}', "", "`promt_tokens`"),
         (b'{"model": "m", "prompt_tokens": -1}', "", "`$.prompt_tokens`"),
         (b'{"model": "m", "num_ctx": 0}', "", "`$.num_ctx`"),

@@ -10,6 +10,7 @@ from math import inf
 from operator import attrgetter
 
 from router.core.policy import Attempt
+from router.core.work import Priority
 
 _AGEING_S = 30.0  # after so long a request goes with those of the next better priority
 _ACTIVE_S = 60.0
@@ -64,11 +65,12 @@ class Waiting:
 class Queue:
     """All that wait, by model."""
 
-    __slots__ = ("_flows", "_number", "_of", "_virtual", "by_key")
+    __slots__ = ("_by_priority", "_flows", "_number", "_of", "_virtual", "by_key")
 
     def __init__(self) -> None:
         self.by_key: dict[str, list[Waiting]] = {}
         self._of: dict[Attempt, Waiting] = {}
+        self._by_priority: dict[Priority, int] = {}  # how many wait
         self._flows: dict[str, Flow] = {}
         self._virtual = 0.0  # that of the last one that went
         self._number = 0
@@ -119,6 +121,8 @@ class Queue:
         one = Waiting(attempt, key, flow, now, start, self._number, flow.finish - start)
         insort(self.by_key.setdefault(key, []), one)
         self._of[attempt] = one
+        priority = attempt.work.priority
+        self._by_priority[priority] = self._by_priority.get(priority, 0) + 1
         flow.waiting += 1
         flow.waiting_bytes += attempt.work.body_bytes
         return one
@@ -148,6 +152,10 @@ class Queue:
         alike.remove(one)
         if not alike:
             del self.by_key[one.key]
+        priority = attempt.work.priority
+        self._by_priority[priority] -= 1
+        if not self._by_priority[priority]:
+            del self._by_priority[priority]
         one.flow.waiting -= 1
         one.flow.waiting_bytes -= attempt.work.body_bytes
         return one
@@ -196,35 +204,33 @@ class Queue:
             self.by_key[key].sort(key=_TURN)
         flow.finish = max(flow.finish + more, last)
 
-    def before(self, one: Waiting, now: float) -> int:
-        """How many of those that wait for the same model go before it."""
-        alike = self.by_key[one.key]
-        if len(alike) == 1:
-            return 0
-        priority, rank, place = one.attempt.work.priority, one.rank(now), bisect_left(alike, one)
-        return place + sum(
-            (other.rank(now) < rank) - (at < place)
-            for at, other in enumerate(alike) if other.attempt.work.priority is not priority
-        )  # fmt: skip
-
     def alike(self, key: str, now: float) -> list[Waiting]:
         """Those that wait for one model, in their order: by priority, where the first of one has
         not waited for so long that it goes with those of a better one."""
         waiting = self.by_key.get(key, ())
-        priorities = {one.attempt.work.priority for one in waiting}
-        if len(priorities) < 2:
+        if len(self._by_priority) < 2:
             return list(waiting)
         lines = [
             deque(one for one in waiting if one.attempt.work.priority is priority)
-            for priority in sorted(priorities)
+            for priority in sorted(self._by_priority)
         ]
-        found = []
+        lines, found = [line for line in lines if line], []
         while lines:
             line = min(lines, key=lambda line: line[0].rank(now))
             found.append(line.popleft())
             if not line:
                 lines.remove(line)
         return found
+
+    def before(self, one: Waiting, now: float) -> int:
+        """How many that wait for the same model go before it."""
+        if len(self._by_priority) < 2:
+            return self.sooner(one.key, one)
+        return self.alike(one.key, now).index(one)
+
+    def sooner(self, key: str, one: Waiting) -> int:
+        """How many wait for a model that have an earlier virtual time than one for another."""
+        return bisect_left(self.by_key.get(key, ()), one)
 
     def order(self, now: float) -> Sequence[Sequence[Waiting]]:
         """All that wait, by model, the model first whose turn is first."""

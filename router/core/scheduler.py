@@ -22,6 +22,7 @@ _FLOW_SHARE = 0.7
 _HAS_SHARE = "its flow has its share of the slots already"
 _BACKLOG = 4  # a flow that has more of them waiting would take each slot that gets free
 _LOOKED_AT = 64  # of those that wait for one model
+_LONG_S = 30.0  # who has waited for so long waits for nobody else who comes after it in turn
 
 NodesOf = Callable[[Attempt], Sequence[Node]]
 
@@ -209,7 +210,7 @@ class Scheduler:
             elif terms.now:
                 found.append(self._grant(one, best, now))
             else:
-                one.expected_s = terms.wait_s + terms.load_s + self._ahead_s(one, best, ahead)
+                one.expected_s = terms.wait_s + self._ahead_s(one, best, ahead)
                 best.hold(self.scores.service_s(one, best))
                 self._insist(one, best, now)
                 if not self._hope(nodes, one.key, now):
@@ -244,17 +245,26 @@ class Scheduler:
             if key in memory.loaded
         )  # fmt: skip
 
+    def _empty(self, key: str) -> int:
+        """How many requests nodes could serve at once that have nothing in memory yet."""
+        return sum(
+            1 if node.spec.auto else node.spec.slots
+            for node, memory in self.scores.memories.items()
+            if not memory.loaded and node.open and key in node.present
+        )  # fmt: skip
+
     def _may(self, one: Waiting) -> bool:
         """Whether its flow has not got its share of the slots already, of all and of those for
-        the model."""
+        the model. Nobody is kept from a node that has nothing in memory for the sake of others."""
         flow, share = one.flow, self._share
         if share >= 1:
             return True
-        slots = sum(
+        empty = self._empty(one.key)
+        slots = empty + sum(
             memory.slots(key, node.spec)
             for node, memory in self.scores.memories.items() for key in memory.loaded
         )  # fmt: skip
-        held, mine = flow.held.get(one.key, 0), self._slots(one.key)
+        held, mine = flow.held.get(one.key, 0), empty + self._slots(one.key)
         if flow.waiting > max(mine, _BACKLOG) and held >= max(1, int(share * mine)):
             return False
         return sum(flow.held.values()) < max(1, share * slots)
@@ -341,22 +351,25 @@ class Scheduler:
                 continue
             need = need_bytes(node, memory, one.key)
             victims = memory.victims(one.key, need, busy=True) or ()
-            own_s, others_s = self._room_s(one.key, node, victims, now)
+            own_s, others_s = self._room_s(one, node, victims, now)
             if own_s + others_s < least and others_s <= waited_s * self._waiting(one.key):
                 best, least = (memory, victims), own_s + others_s
         if best is not None:
             best[0].reserve(one.key, best[1])
 
     def _room_s(
-        self, key: str, node: Node, victims: Collection[Loaded], now: float
+        self, one: Waiting, node: Node, victims: Collection[Loaded], now: float
     ) -> tuple[float, float]:
         """What it costs to make room for a model there, in seconds of all who wait: for it, and for
-        what has to go, which is to be loaded again."""
-        cost = self.scores.cost
-        ready_s = max((end for one in victims for end in one.ends(now)), default=0.0)
+        what has to go, which is to be loaded again. Whoever has waited long does not care for those
+        whose turn comes later: there may be more of them all the time."""
+        cost, key, long = self.scores.cost, one.key, now - one.since >= _LONG_S
+        ready_s = max((end for victim in victims for end in victim.ends(now)), default=0.0)
         ready_s += cost(node, key).load_s
         others_s = sum(
-            self._waiting(one.key) * (ready_s + cost(node, one.key).load_s) for one in victims
+            (self.queue.sooner(victim.key, one) if long else self._waiting(victim.key))
+            * (ready_s + cost(node, victim.key).load_s)
+            for victim in victims
         )
         return self._waiting(key) * ready_s, others_s
 

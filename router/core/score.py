@@ -311,7 +311,7 @@ class Scores:
         if leaves and memory.wanted != loaded.key:
             return None
         if anew or leaves:
-            wait_s = max(seat.ends) if loaded.runs else 0.0
+            wait_s = max(seat.ends) if loaded.runs else _loading_s(memory, now)
             idle = not loaded.runs and loaded.ready is None and memory.loading is None
             load_s = self._load_s(one, seat, now) if anew else 0.0
             return Terms(wait_s, load_s, self._answer_s(one, seat), idle)
@@ -355,7 +355,18 @@ def _ends(node: Node, memory: Memory, loaded: Loaded, now: float) -> list[float]
         runs = loaded.runs.values()
         ends += sorted(max(run.holds_s(now), RUNNING_S) for run in runs)[-slots:]
     if loaded.ready is not None:
-        left_s = loaded.ready - now
-        left_s = max(left_s, _LOADING_S, overdue_s(left_s))
+        left_s = _ready_s(loaded.ready, now)
         ends = [max(end, left_s) for end in ends]
     return ends
+
+
+def _ready_s(ready: float, now: float) -> float:
+    """How long a load still takes that should be over at `ready`."""
+    left_s = ready - now
+    return max(left_s, _LOADING_S, overdue_s(left_s))
+
+
+def _loading_s(memory: Memory, now: float) -> float:
+    """How long a node still loads something."""
+    loading = memory.loading
+    return 0.0 if loading is None or loading.ready is None else _ready_s(loading.ready, now)

@@ -257,10 +257,10 @@ def test_a_flow_that_has_its_share_waits_though_there_is_a_slot() -> None:
 
 
 def test_the_first_of_a_flow_is_not_behind_those_of_one_that_has_its_share() -> None:
-    pool = pool_of({"one": SMALL, "two": SMALL}, {"one": "a:latest"})
+    pool = pool_of({"one": SMALL, "two": SMALL}, {"one": "a:latest", "two": "b:latest"})
     pool.registry.drain("two", draining=True)
-    submit(pool, "a", Work("greedy"))
-    submit(pool, "a", Work("greedy"))
+    for _ in range(6):
+        submit(pool, "a", Work("greedy"))
     pool.registry.drain("two", draining=False)
     work = Work("other", priority=Priority.BATCH)
     said = explain(pool, "a", work)

@@ -371,6 +371,16 @@ def test_another_context_is_a_load_and_waits_until_all_have_ended() -> None:
     assert yard.end("x2") == {"x3": "a load"}
 
 
+def test_another_context_has_to_wait_for_what_the_node_loads() -> None:
+    yard = Yard(a=Has("x", gpus=(20,)), b=Has("z"))
+    yard.look("a", "x", ctx=4096)
+    yard.ask("y", pin="a")
+    told = yard.terms("x", ctx=8192)["a"]
+    assert told == terms(LOAD_S, PRICE_S, 0.3 * 1.7)
+    yard.now += 1.0
+    assert yard.terms("x", ctx=8192)["a"] == terms(LOAD_S - 1, PRICE_S, 0.3 * 1.7)
+
+
 def test_who_asks_for_another_context_does_not_wait_for_ever() -> None:
     """After eight seconds no more of those begin that it waits for."""
     yard = Yard(a=Has(slots=2))
@@ -580,6 +590,23 @@ def test_a_node_that_many_wait_for_makes_room_only_after_long() -> None:
     assert 20 < waits_s < 50, "four wait for as long as it would take until y is there again"
 
 
+def test_a_flow_that_goes_on_asking_keeps_no_node_from_another_flow() -> None:
+    """However many wait for what has to go: after half a minute those whose turn comes later do
+    not count."""
+    yard = Yard(a=Has("y", present="xy", gpus=[5]))
+    for number in range(60):
+        yard.ask(f"y{number}", flow="f")
+    yard.ask("x", flow="g")
+    running, asked, began = "y0", 60, yard.now
+    while running != "x":
+        yard.ask(f"y{asked}", flow="f")
+        yard.now += 1.0
+        [running] = yard.end(running) or yard.settle(0.3)
+        asked += 1
+        assert yard.now < began + 40
+    assert yard.said(yard.leases["x"]) == "a load"
+
+
 def test_how_much_a_model_takes_is_told_by_the_others_there() -> None:
     """On disk x is as large as y; y takes 7 GB there, and x has not been seen."""
     yard = Yard(a=Has(gpus=(10,)), b=Has(gpus=(10,)))
@@ -671,6 +698,26 @@ def test_a_flow_may_always_have_one() -> None:
     yard.ask("y", flow="o")
     yard.end("y")
     assert yard.ask("x", flow="f") == "a load"
+
+
+def test_a_flow_beside_another_may_have_nodes_that_are_empty() -> None:
+    yard = Yard(a=Has("y"), b=Has(), c=Has(), d=Has())
+    yard.ask("y-other", flow="o")
+    yard.end("y-other")
+    assert yard.ask("y", flow="f") == "a warm"
+    assert yard.ask("x", flow="f") == "b load"
+    assert yard.ask("w", flow="f") == "c load"
+    assert yard.ask("v", flow="f") == "waits 1.00", "three are its share of four"
+    assert yard.ask("z", flow="o") == "d load"
+
+
+def test_a_backlog_does_not_keep_a_flow_from_a_node_that_is_empty() -> None:
+    yard = Yard(a=Has("x"), b=Has(), c=Has())
+    yard.ask("x-other", flow="o")
+    yard.end("x-other")
+    flood(yard, "f", 12)
+    yard.settle(30.0)
+    assert {lease.node.name for lease in yard.leases.values()} >= {"a", "b"}
 
 
 def test_others_that_are_gone_for_long_get_nothing_kept() -> None:
@@ -797,6 +844,14 @@ def test_where_there_is_no_room_nobody_knows_how_long_a_share_takes() -> None:
     yard.ask("x1", flow="g", out=1000)
     yard.ask("x2", flow="f", out=1000)
     assert yard.ask("y", flow="g") == "waits inf"
+
+
+def test_a_load_of_its_own_is_no_time_that_a_request_waits() -> None:
+    yard = Yard(a=Has("x"))
+    yard.look("a", "x", ctx=4096)
+    yard.ask("x1", ctx=4096)
+    yard.served("x")
+    assert yard.ask("x2", ctx=8192, within_s=1.5) == "waits 1.00"
 
 
 def test_nobody_is_refused_for_a_guess() -> None:
