@@ -255,7 +255,7 @@ class Scheduler:
 
     def _may(self, one: Waiting) -> bool:
         """Whether its flow has not got its share of the slots already, of all and of those for
-        the model. Nobody is kept from a node that has nothing in memory for the sake of others."""
+        the model. Nodes that have nothing in memory count as slots, too."""
         flow, share = one.flow, self._share
         if share >= 1:
             return True
