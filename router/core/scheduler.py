@@ -275,7 +275,8 @@ class Scheduler:
         if best is None:
             return inf
         slots = max(1, int(self._share * self._slots(one.key)))
-        return one.flow.waiting * self.scores.service_s(one, best) / slots
+        own = sum(other.flow is one.flow for other in self.queue.by_key[one.key])
+        return own * self.scores.service_s(one, best) / slots
 
     @property
     def _share(self) -> float:

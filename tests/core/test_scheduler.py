@@ -835,6 +835,7 @@ def test_who_has_its_share_is_told_how_long_its_own_take() -> None:
     said = yard.ask("x-next", flow="f", within_s=1000.0)
     assert said == f"waits {(waiting + 1) / 2:.2f}"
     assert yard.ask("x-late", flow="f", within_s=1.0) == f"late {(waiting + 2) / 2:.2f}"
+    assert yard.ask("z-too", flow="f") == "waits 1.70", "that is no matter to those of x"
     yard.settle(1.0)
     assert yard.ask("x-other", flow="f", within_s=1000.0) == f"waits {(waiting + 2) / 2:.2f}"
 
