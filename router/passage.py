@@ -158,6 +158,8 @@ class Passage(msgspec.Struct, eq=False):
         relay = self.relay
         if relay is not None and relay.begun:
             assert self.plan is not None  # it broke off, and goes on
+            if exchange.status == 200:
+                self.means.dispatch.began(attempt)
             return relay.resume(exchange, self.plan.stitch)
         means, report, kept = self.means, self.report, self.kept
         if kept is not None:

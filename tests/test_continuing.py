@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from backports import zstd
 
+from router.core.policy import Attempt
 from router.sim import Fault, FaultKind, SimSpec
 from tests.rig import MODEL, Answer, Rig, model, rig, spec, talk
 from tests.test_metrics import scrape, total
@@ -269,6 +270,24 @@ async def test_what_lacks_only_its_last_event_needs_no_other_node() -> None:
         alike(records(await post(r.url, OPENAI, asked(OPENAI))), expected)
         assert not r.nodes[1].calls(OPENAI)
         assert (await line(r)) == Told("ok", ["ended"], 1)
+
+
+async def test_the_scheduler_is_told_when_the_other_node_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig(*nodes()) as r:
+        pool, told = r.app.pool, []
+        began = pool.began
+
+        def heard(attempt: Attempt, now: float) -> str:
+            told.append(pool._leases[attempt].node.spec.name)
+            return began(attempt, now)
+
+        monkeypatch.setattr(pool, "began", heard)
+        r.nodes[0].fault = dies(2)
+        await post(r.url, CHAT, asked(CHAT))
+        assert (await line(r)).continuations == ["continued"]
+    assert told == ["n1", "n2"]
 
 
 @pytest.mark.parametrize("path", [CHAT, GENERATE, OPENAI])
