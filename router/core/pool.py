@@ -94,6 +94,8 @@ class Pool:
         for node in nodes:
             if not node.schedules:
                 scores.lost(node)
+            elif node not in scores.memories and node.resident:
+                scores.see(node, now, 0.0)
         scores.keep(self.registry.all)
         scores.warm = topology.warm
         self.warm.configure(topology.warm)

@@ -1111,6 +1111,12 @@ def test_those_that_wait_are_served_when_the_policy_changes() -> None:
     assert yard.pool.waiting == 0
 
 
+def test_what_is_loaded_is_known_as_soon_as_the_policy_changes() -> None:
+    yard = Yard(Policy.LEAST_IN_FLIGHT, a=Has("y"), b=Has("x"))
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
+    assert yard.ask("x") == "b warm"
+
+
 def test_slots_are_learned_where_none_are_configured() -> None:
     yard = Yard(a=Has("x", auto=True))
     told = Usage(10, 10, eval_s=3.0, prompt_s=1.0, total_s=4.0)
@@ -1143,7 +1149,7 @@ def test_what_did_not_begin_by_its_order_is_no_concern_of_it() -> None:
     yard.ask("x1")
     yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
     yard.begin("x1")
-    assert yard.ask("x2") == "a load", "nothing was seen of it"
+    assert yard.ask("x2") == "a warm", "it takes no slot"
     yard.end("x1")
     assert yard.settle() == {}
 
