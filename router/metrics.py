@@ -3,8 +3,8 @@
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from math import inf
+from typing import Generic, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,6 +27,7 @@ from router.tally import SECONDS, Tally
 
 # A pool whose nodes agree on nothing shall not become as many series as it has models.
 _CONFLICTS_MAX = 100
+_T = TypeVar("_T")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -45,16 +46,11 @@ class Metrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second gauge for every counter, which nobody asked for
         self.registry = CollectorRegistry()
-        self.registry.register(_Nodes(nodes))
-        refused = partial(
-            CounterMetricFamily, "ollamux_refused", "Refused for there was too much at once.",
-            labels=["cause"],
-        )  # fmt: skip
-        depth = partial(_gauge, "queue_depth", "Requests that wait for their turn.", "priority")
-        self.registry.register(_Counts(refused, lambda: refusals))
-        self.registry.register(_Counts(depth, queued))
-        self.registry.register(_Learned(learned))
-        self.registry.register(_Kept(kept))
+        self.registry.register(_Gathered(nodes, _of_nodes))
+        self.registry.register(_Gathered(refusals.items, _refused))
+        self.registry.register(_Gathered(lambda: queued().items(), _depth))
+        self.registry.register(_Gathered(learned, _of_learned))
+        self.registry.register(_Gathered(kept, _replicas))
         self.requests = Tally()
         self.registry.register(self.requests)
         self._node_metrics()
@@ -130,36 +126,44 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Counts(Collector):
-    """A family with one label, of what others count: `counts` says how many by that label."""
+class _Gathered(Collector, Generic[_T]):
+    """Families made at each scrape of what is so then: nothing that is gone leaves anything."""
 
     def __init__(
         self,
-        family: Callable[[], CounterMetricFamily | GaugeMetricFamily],
-        counts: Callable[[], Mapping[str, int]],
+        read: Callable[[], Iterable[_T]],
+        families: Callable[[Iterable[_T]], Iterable[Metric]],
     ) -> None:
-        self._family = family
-        self._counts = counts
-
-    def collect(self) -> Iterable[Metric]:
-        family = self._family()
-        for label, count in self._counts().items():
-            family.add_metric([label], count)
-        return [family]
-
-
-class _Learned(Collector):
-    """What the router plans with, and what its plans have cost; of nodes that are configured."""
-
-    def __init__(self, learned: Callable[[], Sequence[Learned]]) -> None:
-        self._learned = learned
+        self._read = read
+        self._families = families
 
     def describe(self) -> Iterable[Metric]:
-        return [*_speeds([]), *_loads([])]
+        return self._families([])
 
     def collect(self) -> Iterable[Metric]:
-        found = self._learned()
-        return [*_speeds(found), *_loads(found)]
+        return self._families(self._read())
+
+
+def _refused(counts: Iterable[tuple[str, int]]) -> Iterable[Metric]:
+    refused = CounterMetricFamily(
+        "ollamux_refused", "Refused for there was too much at once.", labels=["cause"]
+    )
+    for cause, count in counts:
+        refused.add_metric([cause], count)
+    return [refused]
+
+
+def _depth(counts: Iterable[tuple[str, int]]) -> Iterable[Metric]:
+    depth = _gauge("queue_depth", "Requests that wait for their turn.", "priority")
+    for priority, count in counts:
+        depth.add_metric([priority], count)
+    return [depth]
+
+
+def _of_learned(learned: Iterable[Learned]) -> Iterable[Metric]:
+    """What the router plans with, and what its plans have cost; of nodes that are configured."""
+    found = [*learned]
+    return [*_speeds(found), *_loads(found)]
 
 
 def _speeds(learned: Sequence[Learned]) -> Iterable[Metric]:
@@ -200,40 +204,22 @@ def _loads(learned: Sequence[Learned]) -> Iterable[Metric]:
     return cold, again, evicted
 
 
-class _Kept(Collector):
-    """Which models are to be in memory, and how many of them are."""
-
-    def __init__(self, kept: Callable[[], Sequence[Kept]]) -> None:
-        self._kept = kept
-
-    def collect(self) -> Iterable[Metric]:
-        replicas = _gauge(
-            "warm_replicas",
-            "Replicas that are to stay in memory, by routing.warm.",
-            "model",
-            "state",
-        )
-        for one in self._kept():
-            replicas.add_metric([one.model, "wanted"], one.wanted)
-            replicas.add_metric([one.model, "loaded"], len(one.nodes))
-        return [replicas]
+def _replicas(kept: Iterable[Kept]) -> Iterable[Metric]:
+    replicas = _gauge(
+        "warm_replicas",
+        "Replicas that are to stay in memory, by routing.warm.",
+        "model",
+        "state",
+    )
+    for one in kept:
+        replicas.add_metric([one.model, "wanted"], one.wanted)
+        replicas.add_metric([one.model, "loaded"], len(one.nodes))
+    return [replicas]
 
 
-class _Nodes(Collector):
-    """Gauges of the nodes as they are now, so that one that is removed leaves nothing behind."""
-
-    def __init__(self, nodes: Callable[[], Sequence[NodeView]]) -> None:
-        self._nodes = nodes
-
-    def describe(self) -> Iterable[Metric]:
-        return self._families([])
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families(self._nodes())
-
-    @staticmethod
-    def _families(nodes: Sequence[NodeView]) -> Iterable[Metric]:
-        return [*_states(nodes), *_sizes(nodes), *_models(nodes)]
+def _of_nodes(nodes: Iterable[NodeView]) -> Iterable[Metric]:
+    found = [*nodes]
+    return [*_states(found), *_sizes(found), *_models(found)]
 
 
 def _states(nodes: Sequence[NodeView]) -> Iterable[Metric]:

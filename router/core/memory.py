@@ -303,7 +303,7 @@ class Memory:
         one = Loaded(key, need_bytes, now, now, num_ctx, default=default, ready=ready)
         self.loaded[key] = self.loading = one
         if self.wanted == key:
-            self.wanted, self.leaving = "", ()
+            self._reserve_nothing()
         return one
 
     def began(self, one: Loaded, work: Work, now: float) -> None:
@@ -320,7 +320,8 @@ class Memory:
             self.loading = None
             if self.wanted == one.key:  # room was made, by what has nothing to do
                 kept = {k: v for k, v in self.loaded.items() if v.runs or k not in self.leaving}
-                self.loaded, self.wanted, self.leaving = kept, "", ()
+                self.loaded = kept
+                self._reserve_nothing()
 
     def end(self, attempt: object, key: str, now: float, *, good: bool) -> None:
         """A request there has ended. If it was to load the model and did not, nothing has."""
@@ -336,7 +337,7 @@ class Memory:
         elif one.ready is not None and not one.runs:
             del self.loaded[key]
             self.loading = None
-            self.wanted, self.leaving = "", ()
+            self._reserve_nothing()
 
     def forget(self) -> None:
         """The node has ended: it is empty, but for what has not ended yet as far as is known. That
@@ -345,7 +346,7 @@ class Memory:
         self._driven_out.clear()
         self._vanished.clear()
         self._defaults.clear()
-        self.wanted, self.leaving = "", ()
+        self._reserve_nothing()
 
     def reserve(self, key: str, victims: Collection[Loaded]) -> None:
         """Keep new work from what has to make room for a model."""
@@ -355,4 +356,7 @@ class Memory:
         """Keep it no longer, where nothing waits for that model any more."""
         loading = self.loading is not None and self.loading.key == self.wanted
         if self.wanted and self.wanted not in waiting and not loading:
-            self.wanted, self.leaving = "", ()
+            self._reserve_nothing()
+
+    def _reserve_nothing(self) -> None:
+        self.wanted, self.leaving = "", ()

@@ -252,6 +252,11 @@ def barred(node: Node, target: Target, now: float) -> Weighed:
     return Weighed(node.spec, why or "others go before it", later=why == BUSY)
 
 
+def fresh(nodes: Sequence[Node], met: Collection[str]) -> Sequence[Node]:
+    """Those that have not failed this request, at the urls `met`; all where that leaves none."""
+    return [node for node in nodes if node.spec.url not in met] or nodes if met else nodes
+
+
 def pick(nodes: Sequence[Node], rules: Resilience, now: float) -> Node:
     """Least in flight for its size; among equals the one whose turn is longest ago."""
     if len(nodes) == 1:

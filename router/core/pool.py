@@ -97,7 +97,6 @@ class Pool:
             elif node not in scores.memories and node.resident:
                 scores.see(node, now, 0.0)
         scores.keep(self.registry.all)
-        scores.warm = topology.warm
         self.warm.configure(topology.warm)
         self._touched.clear()
 
@@ -186,13 +185,17 @@ class Pool:
     def _withdraw(self, attempt: Attempt) -> None:
         """It waits no longer, and has no node."""
         self._scheduler.withdraw(attempt)
-        if attempt in self._paid:
-            self._paid.discard(attempt)
+        if self._no_longer_paid(attempt):
             self._budget.give()
 
+    def _no_longer_paid(self, attempt: Attempt) -> bool:
+        """It waits no longer; says whether what it took from the budget is now its lease's."""
+        paid = attempt in self._paid
+        self._paid.discard(attempt)
+        return paid
+
     def _placed(self, found: Placed, nodes_of: Reach, now: float) -> Lease:
-        paid = found.attempt in self._paid
-        self._paid.discard(found.attempt)
+        paid = self._no_longer_paid(found.attempt)
         attempt, node, reason = found.attempt, found.node, found.reason
         if self._spills and nodes_of.spilled(attempt, node):
             reason = Reason.LATER_POOL
@@ -245,8 +248,7 @@ class Pool:
             if not nodes:
                 continue
             node = policy.pick(nodes, self._ground.rules, now)
-            paid = attempt in self._paid
-            self._paid.discard(attempt)
+            paid = self._no_longer_paid(attempt)
             self._scheduler.let_go(one)
             self._again_at = 0.0  # others may have waited for its sake
             yield self._lease(attempt, node, reach.reason, now, paid=paid)

@@ -5,6 +5,7 @@ from math import inf
 
 import msgspec
 
+from router.core import policy
 from router.core.node import Node
 from router.core.policy import Attempt, Eligible
 from router.core.types import Reason, Rejected, Weighed
@@ -30,15 +31,11 @@ def ranges(found: Eligible, met: Collection[str] = ()) -> Iterator[Range]:
     after_s, reason = 0.0, found.reason
     while one is not None:
         if not one.nodes[0].schedules:
-            yield Range(after_s, nodes, _fresh(one.nodes, met), reason)
+            yield Range(after_s, nodes, policy.fresh(one.nodes, met), reason)
             return
         nodes = [*nodes, *one.nodes]
-        yield Range(after_s, _fresh(nodes, met))
+        yield Range(after_s, policy.fresh(nodes, met))
         after_s, one, reason = after_s + one.nodes[0].spill_s, one.then, Reason.LATER_POOL
-
-
-def _fresh(nodes: Sequence[Node], met: Collection[str]) -> Sequence[Node]:
-    return [node for node in nodes if node.spec.url not in met] or nodes if met else nodes
 
 
 class Reach:

@@ -128,8 +128,8 @@ class Registry:
             pools = self._having(target.model.key, attempt.digest)
         found = policy.eligible(pools, target, attempt.tried, self._resilience, now)
         if attempt.met and not isinstance(found, Rejected):
-            others = [node for node in found.nodes if node.spec.url not in attempt.met]
-            return Eligible(others or found.nodes, found.reason, found.then)
+            nodes = policy.fresh(found.nodes, attempt.met)
+            return Eligible(nodes, found.reason, found.then)
         return found
 
     def _having(self, key: str, digest: str) -> Sequence[Sequence[Node]]:

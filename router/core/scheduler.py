@@ -13,7 +13,7 @@ from router.core.memory import Loaded, Run
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.queue import Flow, Queue, Waiting
-from router.core.score import Scores, Seat, Terms, need_bytes
+from router.core.score import Delay, Scores, Seat, need_bytes
 from router.core.types import Reason, Weighed
 from router.core.usage import Usage
 
@@ -119,12 +119,9 @@ class Scheduler:
         went = self._went.pop(attempt)
         self.queue.ended(went, now)
         self.unbarred = self.unbarred or went.flow in self._barred
-        memory = self.scores.memory(node)
         if node.spec.auto:
-            memory.learned(key).freed(now)
-        memory.end(attempt, key, now, good=good)
-        if not (node.up and node.schedules):
-            memory.forget()
+            self.scores.memory(node).learned(key).freed(now)
+        self.scores.ended(attempt, node, key, now, good=good)
 
     def let_go(self, one: Waiting) -> None:
         """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
@@ -163,14 +160,14 @@ class Scheduler:
 
     def _ranked(self, one: Waiting, nodes: Sequence[Node], now: float) -> Sequence[Weighed]:
         nodes = sorted(nodes, key=lambda node: node.in_flight)
-        found = [self._weighed(one, self.scores.seat(node, one.key, now), now) for node in nodes]
+        may, seat = self._may(one), self.scores.seat
+        found = [self._weighed(one, seat(node, one.key, now), now, may=may) for node in nodes]
         return sorted(found, key=lambda one: inf if one.total_s is None else one.total_s)
 
-    def _weighed(self, one: Waiting, seat: Seat, now: float) -> Weighed:
+    def _weighed(self, one: Waiting, seat: Seat, now: float, *, may: bool) -> Weighed:
         terms, node = self.scores.terms(one, seat, now), seat.node.spec
         if terms is None:
             return Weighed(node, "no room for the model", later=True)
-        may = self._may(one)
         return Weighed(
             node, "" if may else _HAS_SHARE, terms.wait_s, terms.load_s, terms.answer_s,
             seat.reason(one.attempt), now=terms.now and may, later=True,
@@ -219,7 +216,7 @@ class Scheduler:
 
     def _best(
         self, one: Waiting, nodes: Sequence[Node], now: float
-    ) -> tuple[Seat | None, Terms | None]:
+    ) -> tuple[Seat | None, Delay | None]:
         best, found, least = None, None, (inf, 0)
         for node in nodes:
             if node in self.spared:

@@ -34,7 +34,7 @@ _LOADING_S = 0.1  # at least, until it is seen to be over
 RUNNING_S = 0.01  # likewise: what is at work has its slot, however short it was thought to be
 
 
-class Terms(msgspec.Struct, frozen=True, eq=False):
+class Delay(msgspec.Struct, frozen=True, eq=False):
     """What a node would cost a request, in seconds: waiting for a slot, a load with what it drives
     out, and the answer's beginning. `now`: it may have it now."""
 
@@ -158,6 +158,13 @@ class Scores:
             self._waited.forget(one.key)
         else:
             self._waited.count(one.key, now, now - one.since)
+
+    def ended(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
+        """What was at work there, a request or a preload, has ended."""
+        memory = self.memory(node)
+        memory.end(attempt, key, now, good=good)
+        if not (node.up and node.schedules):
+            memory.forget()
 
     # How long things take.
 
@@ -300,13 +307,13 @@ class Scores:
 
     # What it costs.
 
-    def terms(self, one: Waiting, seat: Seat, now: float) -> Terms | None:
+    def terms(self, one: Waiting, seat: Seat, now: float) -> Delay | None:
         """What this node would cost it; None where it cannot have it."""
         loaded, memory = seat.loaded, seat.memory
         if loaded is None:
             if seat.victims is None:
                 return None
-            return Terms(0.0, self._load_s(one, seat, now), self._answer_s(one, seat), True)
+            return Delay(0.0, self._load_s(one, seat, now), self._answer_s(one, seat), True)
         anew, leaves = seat.reloads(one.attempt.work), loaded.key in memory.leaving
         if leaves and memory.wanted != loaded.key:
             return None
@@ -314,9 +321,9 @@ class Scores:
             wait_s = max(seat.ends) if loaded.runs else _loading_s(memory, now)
             idle = not loaded.runs and loaded.ready is None and memory.loading is None
             load_s = self._load_s(one, seat, now) if anew else 0.0
-            return Terms(wait_s, load_s, self._answer_s(one, seat), idle)
+            return Delay(wait_s, load_s, self._answer_s(one, seat), idle)
         wait_s = seat.ends[0]
-        return Terms(wait_s, 0.0, self._answer_s(one, seat), wait_s <= 0.0)
+        return Delay(wait_s, 0.0, self._answer_s(one, seat), wait_s <= 0.0)
 
     def _load_s(self, one: Waiting, seat: Seat, now: float) -> float:
         """A load is dearer than it is long: it also costs those that it drives out. Whoever has

@@ -67,7 +67,8 @@ class Warm:
 
     def configure(self, wanted: Mapping[str, int]) -> None:
         """Take a new configuration, and forget what it no longer speaks of."""
-        self.wanted, self.next_at = wanted, inf
+        self.wanted = self._scores.warm = wanted
+        self.next_at = inf
         for url, key in list(self._cares):
             if url not in self._registry.nodes or key not in wanted:
                 del self._cares[url, key]
@@ -155,10 +156,7 @@ class Warm:
     def ended(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
         """A load has ended, well or not."""
         self.preloads.discard(attempt)
-        memory = self._scores.memory(node)
-        memory.end(attempt, key, now, good=good)
-        if not node.up:
-            memory.forget()
+        self._scores.ended(attempt, node, key, now, good=good)
         care = self._care(node, key)
         care.again = now + care.wait_s
 
