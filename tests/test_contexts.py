@@ -232,3 +232,24 @@ async def test_first_bytes_are_told_beside_what_was_expected() -> None:
     async with rig(routing=LEAST) as r:
         await _chat(r, None)
         assert total(await scrape(r), "ollamux_first_byte_seconds_count") == 0
+
+
+async def test_a_copy_of_a_model_is_in_memory_with_it() -> None:
+    """A node holds the weights once, whatever they are called, and lists the name that loaded
+    them."""
+    async with rig(roomy(), routing={"policy": "expected-delay"}) as r:
+        async with r.session.post(
+            f"{r.url}/api/copy", json={"source": MODEL, "destination": "mine"}
+        ) as answer:
+            assert answer.status == 200
+        await r.look()
+        reasons = []
+        for name in (MODEL, "mine", MODEL, "mine"):
+            async with talk(r.url) as client:
+                body = json.dumps({"model": name, **CONTENT["/api/chat"]}).encode()
+                await client.post("/api/chat", body)
+                reasons.append((await client.answer()).header("X-Ollamux-Reason"))
+            await r.look()
+        assert reasons == ["load", "warm", "warm", "warm"]
+        assert r.nodes[0].scheduler.loads == 1
+        assert total(await scrape(r), "ollamux_cold_loads_total") == 1

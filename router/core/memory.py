@@ -69,12 +69,14 @@ class Run(msgspec.Struct, eq=False):
 @dataclass(slots=True, eq=False)
 class Loaded:
     """A model in memory, or on its way there: then `ready` is when it is expected, else None.
+    `key`: what stands for it there, whatever it is called (`Node.runner`); `name`: one name of it.
     `since`: when it was loaded; `used`: when a request for it last began or ended. `asked`: the
     context that it was loaded for, `num_ctx` what it was told to have, which may be less; `plain`:
     a request that asked for none has been answered with it. `default`: what such a one gets there,
     None while nobody has seen it."""
 
     key: str
+    name: str
     size_bytes: float
     since: float
     used: float
@@ -90,7 +92,7 @@ class Loaded:
     @property
     def rank(self) -> tuple[bool, float, str]:
         """The smaller, the sooner it is unloaded for another."""
-        return bool(self.runs), self.keep_alive_s, self.key
+        return bool(self.runs), self.keep_alive_s, self.name
 
     def ends(self, now: float) -> list[float]:
         """In how many seconds each of its requests is expected to end."""
@@ -155,7 +157,8 @@ class Memory:
             self._limit_bytes = sum(gpus)
 
     def see(self, resident: Mapping[str, Model], now: float, wall: float) -> None:
-        """Take an answer of `/api/ps`; its times are of the same clock as `wall`."""
+        """Take an answer of `/api/ps`, by what stands for each model; its times are of the same
+        clock as `wall`."""
         loading = self.loading
         if loading is not None and loading.key in resident and (loading.ready or 0.0) <= now:
             self.ready(loading, now)  # some versions list it while it is loaded, too
@@ -164,7 +167,9 @@ class Memory:
             one = self.loaded.get(key)
             if one is None:
                 was, default = self._vanished.pop(key, None), self._defaults.get(key)
-                one = self.loaded[key] = Loaded(key, 0.0, now, now, num_ctx=was, default=default)
+                one = self.loaded[key] = Loaded(
+                    key, model.key, 0.0, now, now, num_ctx=was, default=default
+                )
             self._describe(one, model, now, wall)
         missing = [one for key, one in self.loaded.items() if key not in resident]
         gone = [
@@ -240,6 +245,12 @@ class Memory:
         if one.plain:
             one.default = self._defaults[one.key] = ctx
 
+    def keep(self, keys: Collection[str]) -> None:
+        """Forget what was learned of models that the node does not have any more."""
+        for known in (self.sizes, self._slots, self._defaults, self._vanished):
+            for key in [key for key in known if key not in keys and key not in self.loaded]:
+                del known[key]
+
     def learned(self, key: str) -> Slots:
         """What is known of how many requests a model serves at once."""
         found = self._slots.get(key)
@@ -285,7 +296,7 @@ class Memory:
         return found  # it may be too large for any room: then it is alone, partly in main memory
 
     def load(
-        self, key: str, need_bytes: float, num_ctx: int | None, ready: float, now: float
+        self, key: str, name: str, need_bytes: float, num_ctx: int | None, ready: float, now: float
     ) -> Loaded:
         """A request goes there that has this model loaded first; gives the new one."""
         for victim in self.victims(key, need_bytes) or ():
@@ -300,7 +311,7 @@ class Memory:
             self.loads.evicted += 1
         self._vanished.pop(key, None)
         default = self._defaults.get(key)
-        one = Loaded(key, need_bytes, now, now, num_ctx, default=default, ready=ready)
+        one = Loaded(key, name, need_bytes, now, now, num_ctx, default=default, ready=ready)
         self.loaded[key] = self.loading = one
         if self.wanted == key:
             self._reserve_nothing()
@@ -323,12 +334,19 @@ class Memory:
                 self.loaded = kept
                 self._reserve_nothing()
 
-    def end(self, attempt: object, key: str, now: float, *, good: bool) -> None:
+    def serving(self, attempt: object) -> Loaded | None:
+        """The model that a request is at work on; None where it is on none."""
+        for one in self.loaded.values():
+            if attempt in one.runs:
+                return one
+        return None
+
+    def end(self, attempt: object, now: float, *, good: bool) -> None:
         """A request there has ended. If it was to load the model and did not, nothing has."""
-        one = self.loaded.get(key)
-        run = None if one is None else one.runs.pop(attempt, None)
-        if one is None or run is None:
+        one = self.serving(attempt)
+        if one is None:
             return
+        run, key = one.runs.pop(attempt), one.key
         one.used = now
         if key in self._slots:
             self._slots[key].ended(run.ahead)
@@ -352,10 +370,9 @@ class Memory:
         """Keep new work from what has to make room for a model."""
         self.wanted, self.leaving = key, frozenset(one.key for one in victims)
 
-    def release(self, waiting: Collection[str]) -> None:
-        """Keep it no longer, where nothing waits for that model any more."""
-        loading = self.loading is not None and self.loading.key == self.wanted
-        if self.wanted and self.wanted not in waiting and not loading:
+    def release(self) -> None:
+        """Keep it no longer, but for a load that is on its way."""
+        if self.loading is None or self.loading.key != self.wanted:
             self._reserve_nothing()
 
     def _reserve_nothing(self) -> None:

@@ -1,7 +1,7 @@
 """One node as the pool knows it: health, breakers, models, in-flight."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import inf
 
@@ -62,9 +62,10 @@ class Node:
     """
 
     __slots__ = (
-        "_listed", "_loaded", "answered", "breaker", "detail", "draining", "full_at", "health",
-        "in_flight", "open", "pool", "present", "release", "replicas", "resident", "schedules",
-        "seen", "signs", "since", "spec", "spill_s", "troubled", "turn", "up", "used", "version",
+        "_listed", "_loaded", "_names", "_runners", "answered", "breaker", "detail", "draining",
+        "full_at", "health", "in_flight", "open", "pool", "present", "release", "replicas",
+        "resident", "schedules", "seen", "signs", "since", "spec", "spill_s", "troubled", "turn",
+        "up", "used", "version",
     )  # fmt: skip
 
     def __init__(self, spec: NodeSpec, pool: str, now: float) -> None:
@@ -94,6 +95,8 @@ class Node:
         self._loaded: Mapping[str, Model] = {}
         self.present: Mapping[str, Model] = {}
         self.resident: Mapping[str, Model] = {}
+        self._runners: Mapping[str, str] = {}
+        self._names: Mapping[str, Sequence[str]] = {}
 
     def __repr__(self) -> str:
         return f"<{self.spec.name} {self.health} {self.in_flight} in flight>"
@@ -127,8 +130,16 @@ class Node:
     def configure(self, spec: NodeSpec, pool: str) -> None:
         """Take a new specification of the same server; what is known of it stays."""
         self.spec, self.pool = spec, pool
-        self.present = self._usable(self._listed)
+        self._list(self._listed)
         self.resident = self._usable(self._loaded)
+
+    def _list(self, listed: Mapping[str, Model]) -> None:
+        self._listed, self.present = listed, self._usable(listed)
+        self._runners = {key: model.digest or key for key, model in self.present.items()}
+        names: dict[str, list[str]] = {}
+        for key, runner in self._runners.items():
+            names.setdefault(runner, []).append(key)
+        self._names = names
 
     def _usable(self, models: Mapping[str, Model]) -> Mapping[str, Model]:
         return {key: model for key, model in models.items() if self.may_use(key)}
@@ -155,6 +166,32 @@ class Node:
     def digest(self, key: str) -> str:
         """Which model it has under this name; empty where that is not known."""
         return self.present[key].digest if key in self.present else ""
+
+    def runner(self, key: str) -> str:
+        """What stands for a model in its memory, the same for all names of it: the digest, or the
+        name where that is not known."""
+        return self._runners.get(key, key)
+
+    @property
+    def runners(self) -> Collection[str]:
+        """Those of all models that it has."""
+        return self._names.keys()
+
+    def runs(self, model: Model) -> str:
+        """That of an entry of its memory. Where its list does not know the digest, either of them
+        may be out of date: then the name says which model it is."""
+        return model.digest if model.digest in self._names else self.runner(model.key)
+
+    def names(self, runner: str) -> Sequence[str]:
+        """All names that it lists a model by."""
+        return self._names.get(runner, ())
+
+    def resides(self, key: str) -> Model | None:
+        """The model as the node has it in memory, be it under another name for the same."""
+        found, digest = self.resident.get(key), self.digest(key)
+        if found is not None or not digest:
+            return found
+        return next((one for one in self.resident.values() if one.digest == digest), None)
 
     # What traffic says.
 
@@ -330,8 +367,7 @@ class Node:
             self.version = seen.version
             self.release = release(seen.version)
         if seen.present is not None and seen.present != self._listed:
-            self._listed = seen.present
-            self.present = self._usable(seen.present)
+            self._list(seen.present)
         if seen.resident is not None and seen.resident != self._loaded:
             self._loaded = seen.resident
             self.resident = self._usable(seen.resident)

@@ -328,7 +328,7 @@ class Pool:
         replica = held.node.replicas[held.key]
         return replica.rates.first_byte_limit_s(
             waits, sizing.tokens(body_bytes), replica.in_flight - 1, streams=streams,
-            warm=held.key in held.node.resident,
+            warm=held.node.resides(held.key) is not None,
         )  # fmt: skip
 
     def context(self, lease: Lease) -> int | None:
@@ -337,10 +337,11 @@ class Pool:
         if lease.reason is Reason.LOAD:
             return None
         held = self._leases[lease.attempt]
+        node = held.node
         one = (
-            self._scheduler.scores.memory(held.node).loaded.get(held.key)
+            self._scheduler.scores.memory(node).loaded.get(node.runner(held.key))
             if held.scheduled
-            else held.node.resident.get(held.key)
+            else node.resides(held.key)
         )
         return None if one is None else one.context
 

@@ -210,8 +210,7 @@ class Registry:
         found = [
             node
             for node in inside
-            if node.up
-            and (key in node.resident or (node.used != node.seen and key in node.present))
+            if node.up and (node.resides(key) or (node.used != node.seen and key in node.present))
         ]
         for node in found:
             node.used += 1

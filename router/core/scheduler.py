@@ -55,7 +55,8 @@ class Scheduler:
     def learned(self, node: Node) -> Mapping[str, int]:
         """How many slots each model has there, as far as that was learned."""
         memory = self.scores.memories.get(node)
-        return {} if memory is None else memory.learned_slots
+        known = {} if memory is None else memory.learned_slots
+        return {key: known[runner] for key in node.present if (runner := node.runner(key)) in known}
 
     # What a request goes through.
 
@@ -99,13 +100,14 @@ class Scheduler:
         """The first record of an answer is there: whatever had to be loaded is. Says whether
         anything had."""
         memory = self.scores.memory(node)
-        one = memory.loaded[key]
+        one = memory.serving(attempt)
+        assert one is not None  # what has a node is at work there until it leaves
         run = one.runs[attempt]
         loading = one.ready is not None
         memory.began(one, attempt.work, now)
         one.prefixes.remember(attempt.work.blocks)
         if node.spec.auto:
-            memory.learned(key).began(run.ahead, run.since, now)
+            memory.learned(one.key).began(run.ahead, run.since, now)
         run.begin(now)
         return loading
 
@@ -120,8 +122,8 @@ class Scheduler:
         self.queue.ended(went, now)
         self.unbarred = self.unbarred or went.flow in self._barred
         if node.spec.auto:
-            self.scores.memory(node).learned(key).freed(now)
-        self.scores.ended(attempt, node, key, now, good=good)
+            self.scores.memory(node).learned(node.runner(key)).freed(now)
+        self.scores.ended(attempt, node, now, good=good)
 
     def let_go(self, one: Waiting) -> None:
         """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
@@ -133,7 +135,7 @@ class Scheduler:
         """Take what the final record of an answer told, that had so many before it."""
         self.scores.learn(node, key, flow, told)
         if node.spec.auto and told.waited_s is not None and told.total_s is not None:
-            learned = self.scores.memory(node).learned(key)
+            learned = self.scores.memory(node).learned(node.runner(key))
             learned.learn(ahead, told.waited_s, told.total_s, now)
 
     def weigh(
@@ -238,8 +240,8 @@ class Scheduler:
     def _slots(self, key: str) -> int:
         """How many requests for a model are served at once."""
         return sum(
-            memory.slots(key, node.spec) for node, memory in self.scores.memories.items()
-            if key in memory.loaded
+            memory.slots(runner, node.spec) for node, memory in self.scores.memories.items()
+            if (runner := node.runner(key)) in memory.loaded
         )  # fmt: skip
 
     def _empty(self, key: str) -> int:
@@ -286,14 +288,15 @@ class Scheduler:
         first_s, out_s = self.scores.first_s(one, seat), self.scores.out_s(one, seat)
         if loaded is None or seat.reloads(attempt.work):
             need, load_s = need_bytes(node, seat.memory, key), seat.cost.load_s
-            loaded = seat.memory.load(key, need, attempt.work.num_ctx, now + load_s, now)
+            num_ctx, ready = attempt.work.num_ctx, now + load_s
+            loaded = seat.memory.load(seat.runner, key, need, num_ctx, ready, now)
             one.load_s = load_s
             self.scores.changed(node)
         else:
             seat.take(first_s + out_s)
         ahead = len(loaded.runs)
         if node.spec.auto:
-            seat.memory.learned(key).lease(ahead, now)
+            seat.memory.learned(seat.runner).lease(ahead, now)
         loaded.runs[attempt] = Run(now, load_s + first_s, out_s, ahead)
         loaded.used = now
         self.scores.placed(one, reason, now)
@@ -311,17 +314,18 @@ class Scheduler:
     def _release(self) -> None:
         """Nodes make no more room for what nobody waits for."""
         by_key = self.queue.by_key
-        for memory in self.scores.memories.values():
+        for node, memory in self.scores.memories.items():
             if not memory.wanted:
                 continue
-            memory.release(by_key)
+            keys = [key for key in by_key if node.runner(key) == memory.wanted]
             loaded = memory.loaded.get(memory.wanted)
-            if (
-                loaded is not None
-                and loaded is not memory.loading
-                and not any(loaded.differs(one.attempt.work) for one in by_key[loaded.key])
-            ):
-                memory.release(())
+            if loaded is None or loaded is memory.loading:
+                needed = bool(keys)
+            else:
+                waiting = (one for key in keys for one in by_key[key])
+                needed = any(loaded.differs(one.attempt.work) for one in waiting)
+            if not needed:
+                memory.release()
 
     @staticmethod
     def _insist(one: Waiting, seat: Seat, now: float) -> None:
@@ -331,7 +335,7 @@ class Scheduler:
         if loaded is None or now - one.since < _PATIENCE_S or memory.wanted:
             return
         if loaded.differs(one.attempt.work) and memory.loading is None:
-            memory.reserve(one.key, [loaded])
+            memory.reserve(loaded.key, [loaded])
 
     def _reserve(self, one: Waiting, nodes: Sequence[Node], now: float) -> None:
         """No node can have it. After some time one makes room: where that costs all that wait the
@@ -340,20 +344,21 @@ class Scheduler:
         waited_s = now - one.since
         if waited_s < _PATIENCE_S:
             return
-        if any(self.scores.memory(node).wanted == one.key for node in nodes):
+        if any(self.scores.memory(node).wanted == node.runner(one.key) for node in nodes):
             return
         best, least = None, inf
         for node in nodes:
-            memory = self.scores.memory(node)
-            if memory.wanted or memory.loading is not None or one.key in memory.loaded:
+            memory, runner = self.scores.memory(node), node.runner(one.key)
+            if memory.wanted or memory.loading is not None or runner in memory.loaded:
                 continue
             need = need_bytes(node, memory, one.key)
-            victims = memory.victims(one.key, need, busy=True) or ()
+            victims = memory.victims(runner, need, busy=True) or ()
             own_s, others_s = self._room_s(one, node, victims, now)
             if own_s + others_s < least and others_s <= waited_s * self._waiting(one.key):
-                best, least = (memory, victims), own_s + others_s
+                best, least = (memory, runner, victims), own_s + others_s
         if best is not None:
-            best[0].reserve(one.key, best[1])
+            memory, runner, victims = best
+            memory.reserve(runner, victims)
 
     def _room_s(
         self, one: Waiting, node: Node, victims: Collection[Loaded], now: float
@@ -365,11 +370,16 @@ class Scheduler:
         ready_s = max((end for victim in victims for end in victim.ends(now)), default=0.0)
         ready_s += cost(node, key).load_s
         others_s = sum(
-            (self.queue.sooner(victim.key, one) if long else self._waiting(victim.key))
-            * (ready_s + cost(node, victim.key).load_s)
+            (self._sooner(node, victim, one) if long else self.scores.waiting(node, victim))
+            * (ready_s + cost(node, victim.name).load_s)
             for victim in victims
         )
         return self._waiting(key) * ready_s, others_s
+
+    def _sooner(self, node: Node, victim: Loaded, one: Waiting) -> int:
+        """How many of those that wait for what has to go come before it in turn."""
+        names = node.names(victim.key) or (victim.name,)
+        return sum(self.queue.sooner(key, one) for key in names)
 
     def _waiting(self, key: str) -> int:
         return len(self.queue.by_key.get(key, ()))

@@ -50,11 +50,13 @@ class Delay(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """One model on one node, in one pass. `ends`: a heap of when its slots are free, in seconds;
-    `loaded` is None where it has to be loaded, and `victims` then what has to go for it, None where
-    that cannot be; `evicts_s` what that costs others."""
+    """One model on one node, in one pass. `runner`: what stands for it in that memory. `ends`: a
+    heap of when its slots are free, in seconds; `loaded` is None where it has to be loaded, and
+    `victims` then what has to go for it, None where that cannot be; `evicts_s` what that costs
+    others."""
 
     node: Node
+    runner: str
     memory: Memory
     loaded: Loaded | None
     cost: Cost
@@ -139,13 +141,18 @@ class Scores:
     def see(self, node: Node, now: float, wall: float) -> None:
         """Take what the node has in its memory."""
         memory = self.memory(node)
-        memory.see(node.resident, now, wall)
-        for key, one in memory.loaded.items():
-            if one.num_ctx:
-                self._contexts[key] = one.num_ctx
-        known = [size / disk for key, size in memory.sizes.items() if (disk := node.size(key))]
-        if known:
-            memory.growth = sum(known) / len(known)
+        memory.see({node.runs(one): one for one in node.resident.values()}, now, wall)
+        memory.keep(node.runners)
+        for one in memory.loaded.values():
+            for key in _names(node, one):
+                if one.num_ctx:
+                    self._contexts[key] = one.num_ctx
+        grown = [
+            size / disk for runner, size in memory.sizes.items()
+            for key in node.names(runner)[:1] if (disk := node.size(key))
+        ]  # fmt: skip
+        if grown:
+            memory.growth = sum(grown) / len(grown)
 
     def lost(self, node: Node) -> None:
         """It is down, and whatever it had in its memory is gone."""
@@ -159,10 +166,10 @@ class Scores:
         else:
             self._waited.count(one.key, now, now - one.since)
 
-    def ended(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
+    def ended(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
         """What was at work there, a request or a preload, has ended."""
         memory = self.memory(node)
-        memory.end(attempt, key, now, good=good)
+        memory.end(attempt, now, good=good)
         if not (node.up and node.schedules):
             memory.forget()
 
@@ -175,7 +182,7 @@ class Scores:
         price = cost(nodes[0].size(key), None, 1.0)
         known = 0
         for node in nodes if attempt.work.blocks else ():
-            loaded = self.memory(node).loaded.get(key)
+            loaded = self.memory(node).loaded.get(node.runner(key))
             if loaded is not None:
                 known = max(known, loaded.prefixes.common(attempt.work.blocks))
         return self._read_s(attempt, key, price, known) + self._write_s(attempt, key, price)
@@ -234,30 +241,32 @@ class Scores:
         return found
 
     def _look(self, node: Node, key: str, now: float) -> Seat:
-        memory = self.memory(node)
-        loaded = memory.loaded.get(key)
+        memory, runner = self.memory(node), node.runner(key)
+        loaded = memory.loaded.get(runner)
         price = self.cost(node, key)
-        others = sum(1 for one in memory.loaded.values() if one.runs and one.key != key)
+        others = sum(1 for one in memory.loaded.values() if one.runs and one is not loaded)
         contention = 1 + _CONTENTION * max(0, others + 1 - memory.gpus) / memory.gpus
         if loaded is None:
             victims = self._victims(node, memory, key, now)
             evicts_s = sum(self._loss_s(node, one, now) for one in victims or ())
-            return Seat(node, memory, None, price, contention, [0.0], victims, evicts_s)
-        return Seat(node, memory, loaded, price, contention, _ends(node, memory, loaded, now))
+            return Seat(node, runner, memory, None, price, contention, [0.0], victims, evicts_s)
+        ends = _ends(node, memory, loaded, now)
+        return Seat(node, runner, memory, loaded, price, contention, ends)
 
     def _victims(
         self, node: Node, memory: Memory, key: str, now: float
     ) -> Collection[Loaded] | None:
         """What has to go for a model; None where it cannot, or should not, be loaded now."""
-        if memory.loading is not None or memory.wanted not in ("", key):
+        runner = node.runner(key)
+        if memory.loading is not None or memory.wanted not in ("", runner):
             return None
-        victims = memory.victims(key, need_bytes(node, memory, key))
-        if victims is None or memory.wanted == key:
+        victims = memory.victims(runner, need_bytes(node, memory, key))
+        if victims is None or memory.wanted == runner:
             return victims
         for one in victims:
-            stays_s = _SETTLED_LOADS * self.cost(node, one.key).load_s
+            stays_s = _SETTLED_LOADS * self.cost(node, one.name).load_s
             new = now - one.since < stays_s
-            if one.key in self._queued or (new and not self._at_rest(key)):
+            if self.waiting(node, one) or (new and not self._at_rest(key)):
                 return None
         return victims
 
@@ -269,19 +278,28 @@ class Scores:
 
     def _loss_s(self, node: Node, victim: Loaded, now: float) -> float:
         """What it costs others that a model is driven out here."""
-        copies = self._copies(node, victim.key)
-        again = 1 - exp(-self._demand.rate(victim.key, now) * _SOON_S)
-        if copies < self.warm.get(victim.key, 0):
-            again = 1.0
+        copies = self._copies(node, victim)
+        rate = sum(self._demand.rate(key, now) for key in _names(node, victim))
+        again = 1.0 if copies < self._kept(node, victim) else 1 - exp(-rate * _SOON_S)
         price = _COPIES / copies if copies else _ONLY_COPY
-        return again * self.cost(node, victim.key).load_s * price
+        return again * self.cost(node, victim.name).load_s * price
 
-    def _copies(self, node: Node, key: str) -> int:
+    def _copies(self, node: Node, one: Loaded) -> int:
         """How many other nodes have it in memory."""
+        names = _names(node, one)
         return sum(
             1 for other, memory in self.memories.items()
-            if other is not node and key in memory.loaded
+            if other is not node and any(other.runner(key) in memory.loaded for key in names)
         )  # fmt: skip
+
+    def _kept(self, node: Node, one: Loaded) -> int:
+        """How many nodes are to keep it in memory."""
+        return max(self.warm.get(key, 0) for key in _names(node, one)) if self.warm else 0
+
+    def waiting(self, node: Node, one: Loaded) -> int:
+        """How many wait for what this node has in memory."""
+        queued = self._queued
+        return sum(len(queued[key]) for key in _names(node, one) if key in queued)
 
     # What is kept in memory.
 
@@ -289,12 +307,13 @@ class Scores:
         """What it costs to load a model there that nobody waits for; None where it must not be
         now: those that wait go first, and what is kept there stays."""
         memory = self.memory(node)
-        if any(one in node.present and one not in memory.loaded for one in self._queued):
+        waiting = (one for one in self._queued if one in node.present)
+        if any(node.runner(one) not in memory.loaded for one in waiting):
             return None
         victims = self._victims(node, memory, key, now)
         if victims is None:
             return None
-        if any(self._copies(node, v.key) < self.warm.get(v.key, 0) for v in victims):
+        if any(self._copies(node, victim) < self._kept(node, victim) for victim in victims):
             return None
         losses = (max(_LEAST_LOSS_S, self._loss_s(node, victim, now)) for victim in victims)
         return self.cost(node, key).load_s + sum(losses)
@@ -302,7 +321,8 @@ class Scores:
     def preload(self, attempt: Attempt, node: Node, key: str, now: float) -> None:
         """A node is asked to load a model for nobody."""
         memory, load_s = self.memory(node), self.cost(node, key).load_s
-        loaded = memory.load(key, need_bytes(node, memory, key), None, now + load_s, now)
+        need = need_bytes(node, memory, key)
+        loaded = memory.load(node.runner(key), key, need, None, now + load_s, now)
         loaded.runs[attempt] = Run(now, load_s, 0.0)
 
     # What it costs.
@@ -342,7 +362,12 @@ class Scores:
 
 def need_bytes(node: Node, memory: Memory, key: str) -> float:
     """How much memory a model takes there."""
-    return memory.need_bytes(key, node.size(key))
+    return memory.need_bytes(node.runner(key), node.size(key))
+
+
+def _names(node: Node, one: Loaded) -> Sequence[str]:
+    """What requests may call a model in memory by."""
+    return node.names(one.key) or (one.name,)
 
 
 def _pace(node: Node) -> float:

@@ -19,7 +19,7 @@ from router.core.node import Node
 from router.core.policy import Attempt, Target
 from router.core.registry import Registry
 from router.core.score import Scores
-from router.core.types import Kept, Model, Rejected
+from router.core.types import Kept, Rejected
 
 _AGAIN_S, _AGAIN_MAX_S = 5.0, 600.0  # between two loads of a model on a node: each time longer,
 _FORGOTTEN_S = 1200.0  # unless the last one is so long ago
@@ -76,7 +76,7 @@ class Warm:
     def see(self, node: Node, now: float, wall: float) -> None:
         """Take what the node has in memory; its times are of the same clock as `wall`."""
         for key in self.wanted:
-            model, care = _resident(node, key), self._care(node, key)
+            model, care = node.resides(key), self._care(node, key)
             expires = 0.0 if model is None else model.moment("expires_at").timestamp()
             if expires == care.expires:
                 continue
@@ -110,7 +110,7 @@ class Warm:
         return None
 
     def _among(self, nodes: Sequence[Node], key: str, count: int, now: float) -> Step | None:
-        there = [node for node in nodes if _resident(node, key) or _at_work(node, key)]
+        there = [node for node in nodes if node.resides(key) or _at_work(node, key)]
         there.sort(key=lambda node: -self._care(node, key).expires)
         for node in there[:count]:
             if self._is_due(node, key, now):
@@ -156,7 +156,7 @@ class Warm:
     def ended(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
         """A load has ended, well or not."""
         self.preloads.discard(attempt)
-        self._scores.ended(attempt, node, key, now, good=good)
+        self._scores.ended(attempt, node, now, good=good)
         care = self._care(node, key)
         care.again = now + care.wait_s
 
@@ -165,7 +165,7 @@ class Warm:
         return [
             Kept(key, count, tuple(
                 node.spec.name
-                for nodes in self._homes(key) for node in nodes if _resident(node, key)
+                for nodes in self._homes(key) for node in nodes if node.resides(key)
             ))
             for key, count in self.wanted.items()
         ]  # fmt: skip
@@ -193,18 +193,10 @@ class Warm:
 
 
 def _step(node: Node, key: str, *, loads: bool) -> Step:
-    there, listed = _resident(node, key), node.present[key].entry.get("name")
+    there, listed = node.resides(key), node.present[key].entry.get("name")
     name = listed if isinstance(listed, str) else key
     attempt = Attempt(Target(Name(name, key), sent=name))
     return Step(attempt, node, key, name, loads, None if there is None else there.context)
-
-
-def _resident(node: Node, key: str) -> Model | None:
-    """The model as the node has it in memory, be it under another name for the same."""
-    found, digest = node.resident.get(key), node.digest(key)
-    if found is not None or not digest:
-        return found
-    return next((one for one in node.resident.values() if one.digest == digest), None)
 
 
 def _usable(node: Node, key: str) -> bool:
@@ -232,13 +224,14 @@ def _size(node: Node, key: str) -> float:
 
 
 def _at_work(node: Node, key: str) -> bool:
-    replica = node.replicas.get(key)
-    return replica is not None and replica.in_flight > 0
+    names = node.names(node.runner(key)) or (key,)
+    replicas = (node.replicas.get(name) for name in names)
+    return any(one is not None and one.in_flight > 0 for one in replicas)
 
 
 def _loads(node: Node) -> bool:
     """Whether something may be on its way into its memory."""
     return any(
-        one.in_flight and key in node.present and _resident(node, key) is None
+        one.in_flight and key in node.present and node.resides(key) is None
         for key, one in node.replicas.items()
     )

@@ -321,7 +321,7 @@ def test_a_request_for_another_context_has_a_model_loaded_anew(
     asked: int | None, has: int | None, wanted: int | None, *, differs: bool
 ) -> None:
     memory = Memory([])
-    one = memory.load("a", GB, asked, ready=2.0, now=0.0)
+    one = memory.load("a", "a", GB, asked, ready=2.0, now=0.0)
     memory.ready(one, 2.0)
     if has is not None:
         memory.see(listed("a1", context_length=has), 5.0, WALL + 5)
@@ -362,7 +362,7 @@ def test_only_a_larger_context_has_a_model_loaded_anew_where_smaller_ones_are_ra
     default: int | None, asked: int | None, has: int | None, wanted: int | None,
     *, as_sent: bool, at_least: bool,
 ) -> None:  # fmt: skip
-    one = Loaded("a", GB, 0.0, 0.0, asked, has, default)
+    one = Loaded("a", "a", GB, 0.0, 0.0, asked, has, default)
     assert one.differs(Work(num_ctx=wanted)) is as_sent
     assert one.differs(Work(num_ctx=wanted, at_least=True)) is at_least
 
@@ -371,7 +371,7 @@ def loads(
     memory: Memory, num_ctx: int | None, told: int, now: float, *, at_least: bool = False
 ) -> Loaded:
     """A request loads `a`, its answer begins, and the node is looked at."""
-    one = memory.load("a", GB, num_ctx, ready=now + 2, now=now)
+    one = memory.load("a", "a", GB, num_ctx, ready=now + 2, now=now)
     memory.began(one, Work(num_ctx=num_ctx, at_least=at_least), now + 2)
     memory.see(listed("a1", now, context_length=told), now + 3, WALL + now + 3)
     return one
@@ -431,7 +431,7 @@ def test_what_others_load_anew_between_two_looks_is_seen_when_it_is_back() -> No
 def test_a_reload_that_is_listed_late_is_no_others() -> None:
     memory = Memory([])
     loads(memory, None, 2048, 0.0)
-    memory.load("a", GB, 4096, ready=12.0, now=10.0)
+    memory.load("a", "a", GB, 4096, ready=12.0, now=10.0)
     for now, ctx in ((15.0, 2048), (20.0, 4096)):
         memory.see(listed("a1", now, context_length=ctx), now, WALL + now)
     assert memory.loads == Loads(absent=1, reloads=1)
@@ -445,7 +445,7 @@ def evicted(memory: Memory, *answers: tuple[float, str]) -> int:
 
 def test_what_makes_room_for_others_is_counted_once_it_has() -> None:
     memory = told(20, "a10 b10")
-    new = memory.load("n", 10 * GB, None, ready=12.0, now=10.0)
+    new = memory.load("n", "n", 10 * GB, None, ready=12.0, now=10.0)
     assert evicted(memory, (11.0, "a10 b10")) == 0, "it is still there"
     assert evicted(memory, (11.5, "b10")) == 1
     memory.ready(new, 12.0)
@@ -454,7 +454,7 @@ def test_what_makes_room_for_others_is_counted_once_it_has() -> None:
 
 def test_what_is_listed_and_used_while_it_makes_room_is_at_work_until_it_ends() -> None:
     memory = told(20, "a10 b10")
-    memory.load("n", 10 * GB, None, ready=12.0, now=10.0)
+    memory.load("n", "n", 10 * GB, None, ready=12.0, now=10.0)
     assert evicted(memory, (11.0, "a10 b10")) == 0
     memory.loaded["a"].runs["one"] = Run(11.0, 0.0, 1.0)
     assert evicted(memory, (11.5, "b10")) == 1
@@ -463,14 +463,14 @@ def test_what_is_listed_and_used_while_it_makes_room_is_at_work_until_it_ends() 
 
 def test_what_was_thought_to_make_room_and_stays_is_not_counted() -> None:
     memory = told(20, "a10 b10")
-    memory.ready(memory.load("n", 10 * GB, None, ready=12.0, now=10.0), 12.0)
+    memory.ready(memory.load("n", "n", 10 * GB, None, ready=12.0, now=10.0), 12.0)
     assert evicted(memory, (13.0, "a10 b10 n10"), (400.0, "b10 n10")) == 0
 
 
 def test_what_is_loaded_again_before_anybody_looks_had_made_room() -> None:
     memory = told(10, "a10")
     for key, now in (("n", 10.0), ("a", 20.0)):
-        memory.ready(memory.load(key, 10 * GB, None, ready=now + 1, now=now), now + 1)
+        memory.ready(memory.load(key, key, 10 * GB, None, ready=now + 1, now=now), now + 1)
     assert (memory.loads.evicted, memory.loads.absent) == (1, 2)
     assert evicted(memory, (30.0, "a10")) == 2
 
@@ -483,7 +483,7 @@ def test_what_others_drove_out_is_counted_but_not_what_has_had_its_time_or_was_u
 
 def test_what_others_have_had_loaded_anew_has_their_context() -> None:
     memory = Memory([])
-    memory.ready(memory.load("a", GB, 8192, ready=2.0, now=0.0), 2.0)
+    memory.ready(memory.load("a", "a", GB, 8192, ready=2.0, now=0.0), 2.0)
     one = memory.loaded["a"]
     for ctx in (8192, 8192, 4096):
         memory.see(listed("a1", context_length=ctx), 5.0, WALL + 5)
@@ -492,7 +492,7 @@ def test_what_others_have_had_loaded_anew_has_their_context() -> None:
 
 def test_until_it_is_loaded_anew_it_is_listed_with_its_old_context() -> None:
     memory = Memory([])
-    one = memory.load("a", GB, 99999, ready=20.0, now=0.0)
+    one = memory.load("a", "a", GB, 99999, ready=20.0, now=0.0)
     memory.see(listed("a1", context_length=2048), 5.0, WALL + 5)
     memory.see(listed("a1", context_length=4096), 25.0, WALL + 25)
     assert not one.differs(Work(num_ctx=99999))
@@ -585,7 +585,7 @@ def test_if_one_goes_for_another_where_there_is_room_it_keeps_fewer() -> None:
 def loading(others: str) -> Memory:
     """A node with these, told to load another one at 10 s, which is to take 6 s."""
     memory = told(99, others)
-    memory.load("n", 5.0 * GB, None, 16.0, 10.0).runs["r"] = Run(10.0, 6.0, 1.0)
+    memory.load("n", "n", 5.0 * GB, None, 16.0, 10.0).runs["r"] = Run(10.0, 6.0, 1.0)
     return memory
 
 
@@ -595,7 +595,7 @@ def test_a_load_that_takes_too_long_waits_for_what_is_busy_to_end() -> None:
     assert (memory.wanted, set(memory.leaving)) == ("", set())
     memory.see(listed("a5 b5", 27.1), 27.1, WALL + 27.1)
     assert (memory.wanted, set(memory.leaving)) == ("n", {"a", "b"})
-    memory.release([])
+    memory.release()
     assert memory.wanted == "n", "its request waits on the node"
     memory.see(listed("b5 n5", 33.0), 33.0, WALL + 33)
     assert (memory.wanted, set(memory.leaving), memory.loading) == ("", set(), None)
@@ -604,7 +604,7 @@ def test_a_load_that_takes_too_long_waits_for_what_is_busy_to_end() -> None:
 def test_if_it_fails_all_goes_on() -> None:
     memory = loading("a5*")
     memory.see(listed("a5", 40.0), 40.0, WALL + 40)
-    memory.end("r", "n", 41.0, good=False)
+    memory.end("r", 41.0, good=False)
     assert (memory.wanted, set(memory.leaving), memory.loading) == ("", set(), None)
 
 
@@ -651,7 +651,7 @@ def test_what_was_seen_together_last_always_fits(rounds: list[set[str]], gb: lis
 
 def test_a_load_takes_the_place_of_what_it_drives_out() -> None:
     memory = told(24, "a10 b10")
-    one = memory.load("c", 10.0 * GB, 4096, ready=9.0, now=1.0)
+    one = memory.load("c", "c", 10.0 * GB, 4096, ready=9.0, now=1.0)
     assert repr(memory) == "<Memory ['b', 'c']>"
     assert memory.loading is memory.loaded["c"] is one
     memory.ready(one, 7.0)
@@ -663,13 +663,13 @@ def test_a_load_takes_the_place_of_what_it_drives_out() -> None:
 
 def test_a_load_that_would_have_to_wait_drives_nothing_out_yet() -> None:
     memory = told(24, "a20*")
-    memory.load("b", 10.0 * GB, None, ready=9.0, now=1.0)
+    memory.load("b", "b", 10.0 * GB, None, ready=9.0, now=1.0)
     assert set(memory.loaded) == {"a", "b"}
 
 
 def test_a_model_is_listed_before_it_is_loaded_and_ready_when_it_was_to_be() -> None:
     memory = Memory([])
-    one = memory.load("a", GB, None, ready=20.0, now=0.0)
+    one = memory.load("a", "a", GB, None, ready=20.0, now=0.0)
     loading = []
     for now in (5.0, 19.0, 20.0):
         memory.see(listed("a1", now), now, WALL + now)
@@ -679,8 +679,8 @@ def test_a_model_is_listed_before_it_is_loaded_and_ready_when_it_was_to_be() -> 
 
 def test_one_load_does_not_end_another() -> None:
     memory = Memory([])
-    first = memory.load("a", GB, None, ready=20.0, now=0.0)
-    second = memory.load("b", GB, None, ready=20.0, now=0.0)
+    first = memory.load("a", "a", GB, None, ready=20.0, now=0.0)
+    second = memory.load("b", "b", GB, None, ready=20.0, now=0.0)
     memory.ready(first, 1.0)
     assert memory.loading is second
 
@@ -707,33 +707,32 @@ def test_what_is_not_listed_is_gone_unless_there_is_a_reason(
 
 def test_a_good_end_means_that_it_is_loaded() -> None:
     memory = Memory([])
-    one = memory.load("a", GB, None, ready=20.0, now=0.0)
+    one = memory.load("a", "a", GB, None, ready=20.0, now=0.0)
     one.runs["r"] = Run(0.0, 0.0, 10.0)
-    memory.end("r", "a", 8.0, good=True)
+    memory.end("r", 8.0, good=True)
     assert (one.runs, one.ready, one.used, memory.loading) == ({}, None, 8.0, None)
 
 
 def test_a_load_whose_last_request_failed_is_none() -> None:
     memory = Memory([])
-    one = memory.load("a", GB, None, ready=20.0, now=0.0)
+    one = memory.load("a", "a", GB, None, ready=20.0, now=0.0)
     one.runs.update({"r": Run(0.0, 0.0, 10.0), "s": Run(0.0, 0.0, 10.0)})
-    memory.end("r", "a", 8.0, good=False)
+    memory.end("r", 8.0, good=False)
     assert memory.loading is one
-    memory.end("s", "a", 8.0, good=False)
+    memory.end("s", 8.0, good=False)
     assert memory.loading is None
     assert not memory.loaded
 
 
 def test_a_model_that_is_loaded_stays_so_when_a_request_fails() -> None:
     memory = told(24, "a10*")
-    memory.end("a10*", "a", 8.0, good=False)
+    memory.end("a10*", 8.0, good=False)
     assert (memory.loaded["a"].used, memory.loaded["a"].runs) == (8.0, {})
 
 
 def test_an_end_of_what_is_not_there_changes_nothing() -> None:
     memory = told(24, "a10*")
-    memory.end("other", "a", 8.0, good=True)
-    memory.end("a10*", "b", 8.0, good=True)
+    memory.end("other", 8.0, good=True)
     assert (memory.loaded["a"].used, len(memory.loaded["a"].runs)) == (0.0, 1)
 
 
@@ -771,13 +770,11 @@ def test_what_has_to_make_room_is_left_alone_until_the_load_or_nobody_wants_it()
     memory = told(24, "a10* b10*")
     memory.reserve("c", memory.victims("c", 10.0 * GB, busy=True) or ())
     assert (memory.wanted, memory.leaving) == ("c", {"a"})
-    memory.release(["c", "d"])
-    assert memory.wanted == "c"
-    memory.release(["d"])
+    memory.release()
     assert (memory.wanted, list(memory.leaving)) == ("", [])
-    memory.release([])
+    memory.release()
     memory.reserve("c", [])
-    memory.load("d", GB, None, 5.0, 0.0)
+    memory.load("d", "d", GB, None, 5.0, 0.0)
     assert memory.wanted == "c"
-    memory.load("c", GB, None, 5.0, 0.0)
+    memory.load("c", "c", GB, None, 5.0, 0.0)
     assert (memory.wanted, list(memory.leaving)) == ("", [])

@@ -43,7 +43,7 @@ FAILED = Outcome(Failure(FailureKind.RESET))
 @dataclass(frozen=True)
 class Has:
     """A node: slots of each model, the memory of each of its GPUs, what is loaded from the
-    beginning, which models it has at all, and with which digest."""
+    beginning, which models it has at all, and with which digest; `same` are names of one model."""
 
     loaded: str = ""
     slots: int = 1
@@ -51,6 +51,7 @@ class Has:
     present: str = ALL
     digest: str = ""
     auto: bool = False
+    same: str = ""
 
     def spec(self, name: str) -> NodeSpec:
         return NodeSpec(
@@ -59,9 +60,14 @@ class Has:
         )  # fmt: skip
 
 
-def models(keys: str, digest: str = "", ctx: int | None = None) -> Mapping[str, Model]:
+def models(
+    keys: str, digest: str = "", ctx: int | None = None, same: str = ""
+) -> Mapping[str, Model]:
     entry = {"size": 3_500_000_000, "size_vram": 3_500_000_000, "context_length": ctx}
-    return {f"{key}:latest": Model(f"{key}:latest", digest, entry) for key in keys}
+    return {
+        f"{key}:latest": Model(f"{key}:latest", "one" if key in same else digest, entry)
+        for key in keys
+    }
 
 
 def url(name: str) -> str:
@@ -77,7 +83,7 @@ class Yard:
         self.asked: dict[str, Attempt] = {}
         self.leases: dict[str, Lease] = {}
         for name, has in nodes.items():
-            seen = Observation(Sign.GOOD, "", models(has.present, has.digest))
+            seen = Observation(Sign.GOOD, "", models(has.present, has.digest, same=has.same))
             self.pool.observe(url(name), seen, self.now)
             self.look(name, has.loaded)
         for key in ALL:  # so many are expected as are asked for
@@ -90,7 +96,8 @@ class Yard:
         return Topology((PoolSpec("all", specs),), policy=policy, resilience=rules, up_after=1)
 
     def look(self, name: str, loaded: str, ctx: int | None = None) -> None:
-        self.pool.observe(url(name), Observation(resident=models(loaded, "", ctx)), self.now)
+        resident = models(loaded, "", ctx, self.nodes[name].same)
+        self.pool.observe(url(name), Observation(resident=resident), self.now)
 
     def ask(
         self, name: str, *, pin: str = "", tokens: int = 0, out: int = 100,
@@ -419,6 +426,100 @@ def test_of_two_contexts_each_goes_where_it_is_loaded() -> None:
     yard.now += 100.0
     assert yard.ask("x1", ctx=8192) == "b warm"
     assert yard.ask("x2", ctx=4096) == "a warm"
+
+
+# Names of one model, which a node has in its memory but once
+
+
+def test_a_model_is_in_memory_under_all_of_its_names() -> None:
+    yard = Yard(a=Has("u", same="uv"))
+    assert yard.ask("v1") == "a warm"
+    yard.look("a", "u")
+    assert yard.end("v1") == {}
+    assert yard.ask("w1") == "a load"
+
+
+def test_they_share_its_slots() -> None:
+    yard = Yard(a=Has("u", slots=2, same="uv"))
+    assert [yard.ask(one) for one in ("u1", "v1", "u2")] == ["a warm", "a warm", "waits 1.00"]
+    assert yard.end("v1") == {"u2": "a warm"}
+
+
+def test_they_share_a_load_and_what_is_read() -> None:
+    yard = Yard(a=Has(same="uv", slots=2))
+    assert [yard.ask(one, blocks=[1]) for one in ("u1", "v1")] == ["a load", "waits 2.75"]
+    yard.now += 2
+    yard.begin("u1")
+    assert yard.settle() == {"v1": "a cached"}
+
+
+def test_what_is_waited_for_by_another_name_is_not_driven_out() -> None:
+    yard = Yard(a=Has("uz", same="uv", gpus=(8,)))
+    yard.ask("u1")
+    assert yard.ask("v1").startswith("waits")
+    yard.ask("z1")
+    yard.end("z1")
+    assert yard.ask("w1") == "a load", "of those that have to go z is not waited for"
+
+
+def test_room_that_is_made_for_one_name_is_there_for_the_other() -> None:
+    yard = Yard(a=Has("uz", same="vw", gpus=(8,)))
+    yard.ask("u1", out=10_000)
+    yard.ask("z1", out=10_000)
+    yard.ask("v1")
+    yard.settle(9)
+    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
+    assert memory.wanted == "one"
+    yard.ask("w1")
+    yard.pool.leave(yard.asked.pop("v1"), Outcome(), yard.now)
+    assert memory.wanted == "one"
+    yard.pool.leave(yard.asked.pop("w1"), Outcome(), yard.now)
+    assert memory.wanted == ""
+
+
+def test_requests_by_all_names_tell_how_soon_it_is_wanted_again() -> None:
+    yard = Yard(a=Has("uz", same="uv", gpus=(8,)))
+    few = yard.terms("w")["a"]
+    yard.demand("v", 50)
+    assert few < yard.terms("w")["a"]  # type: ignore[operator]
+
+
+def test_a_copy_elsewhere_counts_by_whatever_name() -> None:
+    yard = Yard(a=Has("u", same="uv", gpus=(4,)), b=Has("v", same="uv", present="uvz"))
+    yard.demand("u", 50)
+    two = yard.terms("w")["a"]
+    yard.now += 10
+    yard.look("b", "")
+    yard.demand("u", 5)
+    assert two < yard.terms("w")["a"]  # type: ignore[operator]
+
+
+def test_the_slots_that_a_model_has_are_told_of_all_its_names() -> None:
+    yard = Yard(a=Has("u", auto=True, same="uv"))
+    yard.ask("v1")
+    (view,) = yard.pool.registry.snapshot()
+    assert view.slots == {"u:latest": 1, "v:latest": 1}
+
+
+def test_what_was_learned_of_a_model_is_forgotten_with_it() -> None:
+    yard = Yard(a=Has("uv", present="uv"))
+    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
+    assert memory.sizes.keys() == {"u:latest", "v:latest"}
+    yard.pool.observe(url("a"), Observation(Sign.GOOD, "", models("u")), yard.now)
+    yard.look("a", "u")
+    yard.now += 10
+    yard.look("a", "u")
+    assert memory.sizes.keys() == {"u:latest"}
+
+
+def test_a_digest_that_the_list_does_not_know_is_the_models_of_that_name() -> None:
+    yard = Yard(a=Has("u"))
+    yard.pool.observe(url("a"), Observation(Sign.GOOD, "", models("u", "new")), yard.now)
+    yard.pool.observe(url("a"), Observation(resident=models("u", "old")), yard.now)
+    assert yard.ask("u1") == "a warm"
+
+
+# What is in the cache
 
 
 def test_what_a_node_has_read_before_it_need_not_read_again() -> None:
