@@ -140,13 +140,13 @@ class Dispatch:
         loaded = self.pool.began(attempt, self.clock())
         if loaded:
             self.on_load(loaded)
-        if self.pool.waiting:
+        if self.pool.waiters:
             self.settle()
 
     def settle(self) -> None:
         """Tell those that have got a node; to be called after all that the pool was told."""
         pool = self.pool
-        if not self._queued and not pool.waiting:
+        if not self._queued and not pool.waiters:
             return
         for given in pool.granted(self.clock()):
             waiter = self._queued.get(given.attempt)
@@ -154,7 +154,7 @@ class Dispatch:
                 waiter.set_result(given)
             else:
                 pool.leave(given.attempt, _UNTOLD, self.clock())
-        if pool.waiting and self._again is None:
+        if pool.waiters and self._again is None:
             self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._look_again)
 
     def _look_again(self) -> None:
@@ -233,7 +233,7 @@ class Held:
             dispatch.on_flip(flip)
         if dispatch.waiting:
             dispatch.wake(self._key)
-        if dispatch.pool.waiting:
+        if dispatch.pool.waiters:
             dispatch.settle()
         if outcome.failure is not None and self._lease is not None:
             dispatch.on_failure(self._lease.node, outcome.failure)

@@ -204,9 +204,22 @@ class Connection(web.RequestHandler):
         elif self._current_request is None and not self._messages:
             if self._head_handle is None:
                 self._head_handle = self._loop.call_later(self._head_timeout_s, self.force_close)
-        elif self._head_handle is not None:
+        else:
+            self._head_ends()
+
+    def _head_ends(self) -> None:
+        """No head is begun, or a body that came before its handler was taken for one."""
+        if self._head_handle is not None:
             self._head_handle.cancel()
             self._head_handle = None
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Whoever reads a body asks for this each time. Where nothing was paused there is nothing
+        to resume, and aiohttp's parser need not be run for that."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+        else:
+            self._head_ends()
 
     def _weigh(self, content: aiohttp.StreamReader, received: int) -> None:
         if content is not self._content:

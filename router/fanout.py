@@ -22,7 +22,7 @@ from router.headers import TO_NODE, Header, forwarded
 from router.log import Ending, Report
 from router.relay import Limits, own_lines, read_head
 from router.upload import CHUNKED, Upload
-from router.upstream import Upstream, request_head, unless_stale
+from router.upstream import Upstream, request_head
 from router.wire import Bytes
 
 _JSON = b"Content-Type: application/json; charset=utf-8\r\n"
@@ -149,12 +149,11 @@ class Fanout:
         """Send the request: a change over a new connection, since whether a node has read it
         before a kept one broke cannot be told, and none may be asked for twice."""
         body = errand.body if method == errand.request.method else ()
-        opening = partial(
-            self.upstream.open, node, self.head(errand, method, node, _length(method, body)), body,
-            no_body=method == "HEAD", first_byte_s=first_byte_s,
-            between_s=self.settings.limits.between_s,
+        return await self.upstream.open(
+            node, self.head(errand, method, node, _length(method, body)), body,
+            fresh=method != "HEAD", renew=True, no_body=method == "HEAD",
+            first_byte_s=first_byte_s, between_s=self.settings.limits.between_s,
         )  # fmt: skip
-        return await unless_stale(opening, fresh=method != "HEAD")
 
     async def send(self, errand: Errand, node: NodeSpec, source: AsyncIterator[bytes]) -> Said:
         """Send a body as it comes: over a new connection, since it cannot be sent again."""

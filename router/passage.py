@@ -32,7 +32,7 @@ from router.headers import TO_NODE, Header, forwarded, without
 from router.keep import Keep, Kept
 from router.log import Continued, Report
 from router.relay import Limits, Relay, own_lines, read_head
-from router.upstream import Upstream, request_head, unless_stale
+from router.upstream import Upstream, request_head
 from router.wire import Bytes
 
 _ENCODING = frozenset((b"content-encoding",))
@@ -212,12 +212,11 @@ class Passage(msgspec.Struct, eq=False):
         limit_s = means.pool.first_byte_s(lease, waits, length, streams=streams)
         if self.deadline == inf:
             self.deadline = now + max(limit_s, waits.first_byte_s)
-        opening = partial(
-            means.upstream.open, lease.node, head, body,
+        return await means.upstream.open(
+            lease.node, head, body, fresh=self.asked.route.need is _PRIMARY, renew=True,
             first_byte_s=min(limit_s, self.deadline - now), between_s=waits.between_s,
             down_s=waits.silent_down_s,
         )  # fmt: skip
-        return await unless_stale(opening, fresh=self.asked.route.need is _PRIMARY)
 
     async def _body(self, lease: Lease) -> tuple[Bytes, ...]:
         """What this node gets: a context that is no smaller than its model's, if configured."""

@@ -8,7 +8,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -22,7 +22,7 @@ from router.sweep import Sweep
 from router.upload import CHUNKED, Upload
 from router.wire import Body, Connection
 
-__all__ = ["Exchange", "Upstream", "request_head", "unless_stale"]
+__all__ = ["Exchange", "Upstream", "request_head"]
 
 # Written by `request_head` itself, or part of one connection.
 _OWN = HOP_BY_HOP | {b"content-length", b"host"}
@@ -181,6 +181,7 @@ class Upstream:
         body: Body | Upload = b"",
         *,
         fresh: bool = False,
+        renew: bool = False,
         no_body: bool = False,
         first_byte_s: float | None = None,
         between_s: float | None = None,
@@ -189,9 +190,10 @@ class Upstream:
         """Send a request and wait for the status and headers of its response.
 
         `head` is whole, from the request line to the blank line (`request_head`). `fresh`: over
-        a new connection. `no_body`: the response to a HEAD. `first_byte_s`: how long the head of
-        the response may take once connected; `between_s`: how long the node may then be silent;
-        `down_s`: how long at most in both cases while it is in doubt (`doubt`).
+        a new connection; `renew`: so, too, if a kept one proves to be stale. `no_body`: the
+        response to a HEAD. `first_byte_s`: how long the head of the response may take once
+        connected; `between_s`: how long the node may then be silent; `down_s`: how long at most
+        in both cases while it is in doubt (`doubt`).
         The caller closes the exchange. Raises `UpstreamError`; cancelled, it cuts the connection.
         A `body` that can change must not, until the exchange is closed; an Upload is sent as it
         comes, and what its source raises cuts the connection.
@@ -203,9 +205,14 @@ class Upstream:
         self._sweep.limit(conn, first_byte_s, down_s, down=node.url in self._down)
         try:
             await conn.request(head, body, no_body=no_body)
-        except BaseException:
+        except BaseException as error:
             conn.abort()
-            raise
+            if not (renew and isinstance(error, UpstreamError) and _is_stale(error)):
+                raise
+            return await self.open(
+                node, head, body, fresh=True, no_body=no_body, first_byte_s=first_byte_s,
+                between_s=between_s, down_s=down_s,
+            )  # fmt: skip
         if not conn.whole:
             self._sweep.limit(conn, between_s, down_s, down=node.url in self._down)
         return Exchange(conn, idle.give)
@@ -306,14 +313,9 @@ class Upstream:
         return context
 
 
-async def unless_stale(opening: Callable[..., Awaitable[Exchange]], *, fresh: bool) -> Exchange:
-    """Open an exchange; over a new connection if a kept one proves to be stale, or if `fresh`."""
-    try:
-        return await opening(fresh=fresh)
-    except UpstreamError as error:
-        if retry.decide(error.failure) is not Verdict.FRESH:
-            raise
-    return await opening(fresh=True)
+def _is_stale(error: UpstreamError) -> bool:
+    """Whether it was an end of the connection's that came before the node read anything."""
+    return retry.decide(error.failure) is Verdict.FRESH
 
 
 def _build_context(tls: Tls) -> ssl.SSLContext:

@@ -3,6 +3,7 @@
 from math import exp
 
 _FORGOTTEN_S = 300.0  # what is this long ago counts as a third
+_AT_ONCE_S = 1.0  # what comes within so long counts as if it came together
 _MODELS_MAX = 4096
 
 
@@ -16,11 +17,15 @@ class Demand:
 
     def count(self, key: str, now: float, amount: float = 1.0) -> None:
         """So much more of it for this model: one request, say."""
-        amount += self.total(key, now)
-        self._seen.pop(key, None)  # the one that was asked for longest ago is the first
-        self._seen[key] = amount, now
-        if len(self._seen) > _MODELS_MAX:
-            del self._seen[next(iter(self._seen))]
+        seen = self._seen.pop(key, None)  # the one that was asked for longest ago is the first
+        if seen is None:
+            self._seen[key] = amount, now
+            if len(self._seen) > _MODELS_MAX:
+                del self._seen[next(iter(self._seen))]
+        elif now - seen[1] < _AT_ONCE_S:
+            self._seen[key] = seen[0] + amount, seen[1]
+        else:
+            self._seen[key] = amount + seen[0] * exp((seen[1] - now) / _FORGOTTEN_S), now
 
     def total(self, key: str, now: float) -> float:
         """How much there has been, with what is five minutes ago counting as a third."""

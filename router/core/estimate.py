@@ -28,21 +28,25 @@ class Cost(msgspec.Struct, frozen=True, eq=False):
     decode_s: float
 
 
-def cost(size_bytes: float, rates: Rates | None, pace: float) -> Cost:
-    """What a model of this size costs; `pace` is how much slower than guessed its node is."""
+def guess(size_bytes: float, pace: float = 1.0) -> Cost:
+    """What a model of this size costs, as far as that tells; `pace` is how much slower than
+    guessed its node is."""
     size = size_bytes or UNTOLD_BYTES
     decode_s = size / _DECODE_BYTES_PER_S * pace
     load_s = (_LOAD_S + size / _LOAD_BYTES_PER_S) * pace
-    prefill_s = decode_s / _PREFILL_PER_DECODE
+    return Cost(load_s, decode_s / _PREFILL_PER_DECODE, decode_s)
+
+
+def cost(size_bytes: float, rates: Rates | None, pace: float) -> Cost:
+    """What a model costs: what was learned of it, and what nobody has told guessed."""
+    guessed = guess(size_bytes, pace)
     if rates is None:
-        return Cost(load_s, prefill_s, decode_s)
-    tps, prefill_tps = rates.decode_tps, rates.prefill_tps
-    if tps:
-        prefill_s *= 1 / tps / decode_s
-        decode_s = 1 / tps
+        return guessed
+    tps, prefill_tps, load_s = rates.decode_tps, rates.prefill_tps, rates.load_s
+    decode_s = 1 / tps if tps else guessed.decode_s
     return Cost(
-        load_s if rates.load_s is None else rates.load_s,
-        1 / prefill_tps if prefill_tps else prefill_s,
+        guessed.load_s if load_s is None else load_s,
+        1 / prefill_tps if prefill_tps else decode_s / _PREFILL_PER_DECODE,
         decode_s,
     )
 
@@ -83,7 +87,7 @@ def _follow(means: dict[_K, float], key: _K, first: float, seen: float) -> float
     """Move a mean towards what was seen, from `first` on; the one that moved longest ago makes
     room."""
     before = means.pop(key, first)
-    means[key] = before + _MEAN * (seen - before)
+    mean = means[key] = before + _MEAN * (seen - before)
     if len(means) > _MEANS_MAX:
         del means[next(iter(means))]
-    return means[key]
+    return mean

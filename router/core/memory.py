@@ -319,7 +319,8 @@ class Memory:
 
     def began(self, one: Loaded, work: Work, now: float) -> None:
         """An answer of it begins, and with that it has been loaded."""
-        self.ready(one, now)
+        if one.ready is not None:
+            self.ready(one, now)
         if work.num_ctx is None and not (work.at_least and one.context):
             one.plain = True
 
@@ -334,25 +335,17 @@ class Memory:
                 self.loaded = kept
                 self._reserve_nothing()
 
-    def serving(self, attempt: object) -> Loaded | None:
-        """The model that a request is at work on; None where it is on none."""
-        for one in self.loaded.values():
-            if attempt in one.runs:
-                return one
-        return None
-
-    def end(self, attempt: object, now: float, *, good: bool) -> None:
-        """A request there has ended. If it was to load the model and did not, nothing has."""
-        one = self.serving(attempt)
-        if one is None:
-            return
+    def end(self, one: Loaded, attempt: object, now: float, *, good: bool) -> None:
+        """A request for what is there has ended. If it was to load it and did not, nothing has."""
         run, key = one.runs.pop(attempt), one.key
         one.used = now
         if key in self._slots:
             self._slots[key].ended(run.ahead)
+        if one.ready is None:
+            return
         if good:
             self.ready(one, now)
-        elif one.ready is not None and not one.runs:
+        elif not one.runs:
             del self.loaded[key]
             self.loading = None
             self._reserve_nothing()

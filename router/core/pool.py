@@ -1,6 +1,6 @@
 """The one owner of queue and leases. Synchronous; told the time; returns what to do."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from math import inf
 
@@ -60,17 +60,20 @@ class _Held(msgspec.Struct, frozen=True, eq=False):
 
 
 class Pool:
-    """All leases, and those that wait for one. `registry`: the nodes, for all questions about them;
-    `warm`: what is kept in memory; `schedules`: requests may wait here, and it matters how much
-    work they are."""
+    """All leases, and those that wait for one (`waiters`). `registry`: the nodes, for all questions
+    about them; `warm`: what is kept in memory; `schedules`: requests may wait here, and it matters
+    how much work they are; `at_least`: contexts that they ask for are raised to those of loaded
+    models."""
 
     schedules: bool
+    at_least: bool
 
     def __init__(self, topology: Topology, now: float, roll: Roll = lambda: 0.5) -> None:
         self._leases: dict[Attempt, _Held] = {}
         self._ground = Ground(topology.resilience, roll)
         self._budget = Budget()
         self._scheduler = Scheduler()
+        self.waiters: Collection[Attempt] = self._scheduler.queue.waiting
         self.registry = Registry(self._scheduler.learned)
         self.warm = Warm(self.registry, self._scheduler.scores)
         self._paid: set[Attempt] = set()  # of those that wait
@@ -85,6 +88,7 @@ class Pool:
     def reconfigure(self, topology: Topology, now: float) -> None:
         """Take a new configuration. A node whose url stays keeps its state."""
         self._topology = topology
+        self.at_least = topology.num_ctx is NumCtx.AT_LEAST
         self._ground.rules = topology.resilience
         self.registry.configure(topology, now)
         nodes, scores = self.registry.nodes.values(), self._scheduler.scores
@@ -141,24 +145,22 @@ class Pool:
     # Those that wait.
 
     @property
-    def at_least(self) -> bool:
-        """Whether contexts that requests ask for are raised to those of loaded models."""
-        return self._topology.num_ctx is NumCtx.AT_LEAST
-
-    @property
     def waiting(self) -> int:
         """How many requests wait for a node."""
-        return len(self._scheduler.queue)
+        return len(self.waiters)
 
     def _schedule(
         self, attempt: Attempt, key: str, eligible: Eligible, now: float, *, paid: bool
     ) -> Lease | Queued | Rejected:
+        found = self._scheduler.come(attempt, key, eligible.nodes, now)
+        if isinstance(found, Placed):
+            return self._lease(attempt, found.node, found.reason, now, paid=paid, placed=found)
         if paid:
             self._paid.add(attempt)
         nodes_of = self._nodes_of(now).find(attempt, eligible)
-        found = self._scheduler.submit(attempt, key, nodes_of, now)
-        if isinstance(found, Placed):
-            return self._placed(found, nodes_of, now)
+        placed = self._scheduler.wait(found, nodes_of, now)
+        if placed is not None:
+            return self._placed(placed, nodes_of, now)
         expected_s = found.expected_s
         if expected_s < inf:  # else there may be room at any moment
             expected_s = min(expected_s, nodes_of.spills_s(attempt))
@@ -218,7 +220,7 @@ class Pool:
         """Those that wait no longer. To be asked whenever the pool was told something."""
         touched, self._touched = self._touched, set()
         came, self._came = self._came, set()
-        if not self.waiting:
+        if not self.waiters:
             return ()
         registry, scheduler = self.registry, self._scheduler
         everywhere = now >= self._again_at or scheduler.unbarred or registry.changed
@@ -262,7 +264,7 @@ class Pool:
         if held is None or not held.scheduled:
             return ""
         self._touched.add(held.node)
-        loaded = self._scheduler.began(attempt, held.node, held.key, now)
+        loaded = self._scheduler.began(attempt, held.node, now)
         return held.node.spec.url if loaded and self.at_least else ""
 
     def leave(self, attempt: Attempt, outcome: Outcome, now: float) -> Sequence[Flip]:
@@ -275,7 +277,7 @@ class Pool:
         node, failure = held.node, outcome.failure
         good = failure is None and outcome.told
         if held.scheduled:
-            self._scheduler.leave(attempt, node, held.key, now, good=good)
+            self._scheduler.leave(attempt, node, now, good=good)
             self._touched.add(node)
         elif self.warm.preloads and attempt in self.warm.preloads:
             self.warm.ended(attempt, node, held.key, now, good=good)

@@ -9,12 +9,15 @@ from itertools import islice
 from math import inf
 from operator import attrgetter
 
+import msgspec
+
 from router.core.policy import Attempt
 from router.core.work import Priority
 
 _AGEING_S = 30.0  # after so long a request goes with those of the next better priority
 _ACTIVE_S = 60.0
 _FLOWS_MAX = 4096
+_SWEEP_S, _SWEPT_SHARE = 0.25, 16  # how often flows are looked at, and which part of them
 _LEAST_SHARE = 0.1  # of what was guessed: what fails at once is not for nothing
 _OWED_MAX_S = 60.0  # for one request more than was guessed: it may be the node that hung
 _TURN = attrgetter("start", "number")
@@ -23,24 +26,24 @@ _TURN = attrgetter("start", "number")
 @dataclass(slots=True, eq=False)
 class Flow:
     """What one team, user or address has been given. `finish`: its virtual time; `active`: when it
-    was last here; `held`: leases that it has, by model; `waiting_bytes`: bodies of those that
-    wait."""
+    was last here; `held`: leases that it has, by model, `leases` all of them; `waiting_bytes`:
+    bodies of those that wait."""
 
     name: str
     weight: float = 1.0
     finish: float = 0.0
     active: float = 0.0
     held: dict[str, int] = field(default_factory=dict)
+    leases: int = 0
     waiting: int = 0
     waiting_bytes: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """One request that waits. `since`: when it came; `start`: its virtual time, and `spent`
-    what its flow is charged for it; `expected_s`: how long it was last thought to wait, from then
-    on, infinite where that cannot be told. `got`: when it got a node, and `load_s` how long a load
-    takes there: of the time that it has the node that is charged to nobody."""
+class Waiting(msgspec.Struct, eq=False):
+    """One request that waits, or has a node. `since`: when it came; `start`: its virtual time, and
+    `spent` what its flow is charged for it; `expected_s`: how long it was last thought to wait,
+    from then on, infinite where that cannot be told. `got`: when it got a node, and `load_s` how
+    long a load takes there: of the time that it has the node that is charged to nobody."""
 
     attempt: Attempt
     key: str
@@ -63,89 +66,91 @@ class Waiting:
 
 
 class Queue:
-    """All that wait, by model."""
+    """All that wait: `by_key`, by model, and `waiting`, by attempt; `flows`: those that have been
+    here of late, by name."""
 
-    __slots__ = ("_by_priority", "_flows", "_number", "_of", "_virtual", "by_key")
+    __slots__ = ("_by_priority", "_number", "_sweep_at", "_virtual", "by_key", "flows", "waiting")
 
     def __init__(self) -> None:
         self.by_key: dict[str, list[Waiting]] = {}
-        self._of: dict[Attempt, Waiting] = {}
+        self.waiting: dict[Attempt, Waiting] = {}
         self._by_priority: dict[Priority, int] = {}  # how many wait
-        self._flows: dict[str, Flow] = {}
+        self.flows: dict[str, Flow] = {}
+        self._sweep_at = 0.0
         self._virtual = 0.0  # that of the last one that went
         self._number = 0
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self.waiting)
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._of.values())
-
-    @property
-    def active(self) -> int:
-        """How many flows have been here of late."""
-        return len(self._flows)
+        return iter(self.waiting.values())
 
     def flow(self, name: str, weight: float, now: float) -> Flow:
         """A flow by its name. Those that have not been here for long are forgotten."""
-        found = self._flows.pop(name, None) or Flow(name, finish=self._virtual)
+        found = self.flows.get(name)
+        if found is None:
+            found = self.flows[name] = Flow(name, finish=self._virtual)
         found.active, found.weight = now, weight
-        self._flows[name] = found
-        self._forget(now)
+        if now >= self._sweep_at or len(self.flows) > _FLOWS_MAX:
+            self._forget(now)
         return found
 
     def since(self, attempt: Attempt, now: float) -> float:
         """Since when it waits; one that does not would wait from now on."""
-        one = self._of.get(attempt)
+        one = self.waiting.get(attempt)
         return now if one is None else one.since
 
     def _forget(self, now: float) -> None:
-        """Look at the two that were looked at longest ago."""
-        for first in [*islice(self._flows.values(), 2)]:
-            del self._flows[first.name]
-            busy = first.held or first.waiting
-            old = now - first.active > _ACTIVE_S or len(self._flows) >= _FLOWS_MAX
+        """Look at those that were looked at longest ago."""
+        self._sweep_at = now + _SWEEP_S
+        for first in [*islice(self.flows.values(), 2 + len(self.flows) // _SWEPT_SHARE)]:
+            del self.flows[first.name]
+            busy = first.leases or first.waiting
+            old = now - first.active > _ACTIVE_S or len(self.flows) >= _FLOWS_MAX
             if busy or not old:
-                self._flows[first.name] = first
+                self.flows[first.name] = first
 
-    def tag(self, flow: Flow, cost: float) -> float:
-        """The virtual time at which a request of this flow starts; the next one's is later by
-        what it costs."""
-        start = max(self._virtual, flow.finish)
-        flow.finish = start + cost / flow.weight
-        return start
-
-    def push(self, attempt: Attempt, key: str, flow: Flow, start: float, now: float) -> Waiting:
-        """Have a request wait; `start` is the tag that its flow has just got for it."""
+    def come(self, attempt: Attempt, key: str, flow: Flow, cost: float, now: float) -> Waiting:
+        """A request of this flow, that does not wait yet. Its virtual time is after those of all
+        that its flow has asked for; the next one's is later by what it costs."""
+        start = flow.finish if flow.finish > self._virtual else self._virtual
+        spent = cost / flow.weight
+        flow.finish = start + spent
         self._number += 1
-        one = Waiting(attempt, key, flow, now, start, self._number, flow.finish - start)
-        insort(self.by_key.setdefault(key, []), one)
-        self._of[attempt] = one
-        priority = attempt.work.priority
-        self._by_priority[priority] = self._by_priority.get(priority, 0) + 1
+        return Waiting(attempt, key, flow, now, start, self._number, spent)
+
+    def push(self, one: Waiting) -> None:
+        """Have a request wait."""
+        work, flow = one.attempt.work, one.flow
+        insort(self.by_key.setdefault(one.key, []), one)
+        self.waiting[one.attempt] = one
+        self._by_priority[work.priority] = self._by_priority.get(work.priority, 0) + 1
         flow.waiting += 1
-        flow.waiting_bytes += attempt.work.body_bytes
-        return one
+        flow.waiting_bytes += work.body_bytes
 
     @contextmanager
     def visit(self, attempt: Attempt, key: str, now: float) -> Iterator[Waiting]:
         """Have a request wait where it would, and its flow be here, only to be weighed: behind
         that all is as it was."""
         work = attempt.work
-        new = work.flow not in self._flows
+        new = work.flow not in self.flows
         if new:
-            self._flows[work.flow] = Flow(work.flow, work.weight, self._virtual)
-        flow = self._flows[work.flow]
+            self.flows[work.flow] = Flow(work.flow, work.weight, self._virtual)
+        flow = self.flows[work.flow]
+        finish, one = flow.finish, self.come(attempt, key, flow, 0.0, now)
+        flow.finish = finish
+        self.push(one)
         try:
-            yield self.push(attempt, key, flow, max(self._virtual, flow.finish), now)
+            yield one
         finally:
             self.pop(attempt)
             if new:
-                del self._flows[work.flow]
+                del self.flows[work.flow]
 
     def pop(self, attempt: Attempt) -> Waiting | None:
         """It waits no longer; None where it did not."""
-        one = self._of.pop(attempt, None)
+        one = self.waiting.pop(attempt, None)
         if one is None:
             return None
         alike = self.by_key[one.key]
@@ -173,20 +178,24 @@ class Queue:
     def went(self, one: Waiting, now: float) -> None:
         """It has got a node."""
         one.got = now
-        self._virtual = max(self._virtual, one.start)
-        one.flow.held[one.key] = one.flow.held.get(one.key, 0) + 1
-        one.flow.active = now
+        if one.start > self._virtual:
+            self._virtual = one.start
+        flow, key = one.flow, one.key
+        flow.held[key] = flow.held.get(key, 0) + 1
+        flow.leases += 1
+        flow.active = now
 
     def ended(self, one: Waiting, now: float) -> None:
         """It has given its node back: its flow is charged for the time that it took, instead of
         what was guessed."""
-        held = one.flow.held
-        held[one.key] -= 1
-        if not held[one.key]:
-            del held[one.key]
-        one.flow.active = now
-        if len(self._flows) > 1:  # one alone takes from nobody
-            self._correct(one.flow, now - one.got - one.load_s, one.spent)
+        flow, key = one.flow, one.key
+        left = flow.held[key] = flow.held[key] - 1
+        if not left:
+            del flow.held[key]
+        flow.leases -= 1
+        flow.active = now
+        if len(self.flows) > 1:  # one alone takes from nobody
+            self._correct(flow, now - one.got - one.load_s, one.spent)
 
     def _correct(self, flow: Flow, took_s: float, spent: float) -> None:
         """Move a flow, and those of it that wait, by what it was charged too little or too much.
@@ -234,7 +243,8 @@ class Queue:
 
     def order(self, now: float) -> Sequence[Sequence[Waiting]]:
         """All that wait, by model, the model first whose turn is first."""
-        self._forget(now)
+        if now >= self._sweep_at:
+            self._forget(now)
         found = [self.alike(key, now) for key in self.by_key]
         found.sort(key=lambda alike: alike[0].rank(now))
         return found

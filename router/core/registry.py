@@ -41,6 +41,8 @@ class Registry:
         self.pools: list[list[Node]] = []
         self.leaving: list[Node] = []
         self._slots = slots
+        self._known: dict[str, Eligible] = {}
+        self._known_at = -1
         self._conflicts: Conflicts = {}
         self._listed: Sequence[tuple[str, Mapping[str, Model]]] = ()
 
@@ -122,7 +124,13 @@ class Registry:
 
     def eligible_now(self, attempt: Attempt, now: float) -> Eligible | Rejected:
         """The nodes that one attempt may be given now."""
-        target = attempt.target
+        target, model = attempt.target, attempt.target.model
+        plain = model is not None and not (
+            model.cloud or target.pin or target.bounds or attempt.tried or attempt.digest
+            or attempt.met
+        )  # fmt: skip
+        if plain and model is not None:
+            return self._usual(target, model.key, now)
         pools: Sequence[Sequence[Node]] = self.pools
         if attempt.digest and target.model is not None:
             pools = self._having(target.model.key, attempt.digest)
@@ -130,6 +138,24 @@ class Registry:
         if attempt.met and not isinstance(found, Rejected):
             nodes = policy.fresh(found.nodes, attempt.met)
             return Eligible(nodes, found.reason, found.then)
+        return found
+
+    def _usual(self, target: Target, key: str, now: float) -> Eligible | Rejected:
+        """The nodes for whoever asks for nothing but a model: worked out once, and good for as long
+        as nothing changes and no breaker has to be asked."""
+        if self._known_at != self.revision:
+            self._known, self._known_at = {}, self.revision
+        known = self._known.get(key)
+        if known is not None:
+            for node in known.nodes:
+                if node.troubled:
+                    break
+            else:
+                return known
+        found = policy.eligible(self.pools, target, (), self._resilience, now)
+        calm = not any(node.troubled for node in self.nodes.values())
+        if calm and isinstance(found, Eligible) and found.then is None:
+            self._known[key] = found
         return found
 
     def _having(self, key: str, digest: str) -> Sequence[Sequence[Node]]:

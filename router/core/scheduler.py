@@ -13,7 +13,8 @@ from router.core.memory import Loaded, Run
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.queue import Flow, Queue, Waiting
-from router.core.score import Delay, Scores, Seat, need_bytes
+from router.core.score import Scores, need_bytes
+from router.core.seat import Delay, Seat
 from router.core.types import Reason, Weighed
 from router.core.usage import Usage
 
@@ -38,6 +39,14 @@ class Placed(msgspec.Struct, frozen=True, eq=False):
     first_s: float = 0.0
 
 
+class _Went(msgspec.Struct, eq=False):
+    """A request that has got a node, and is at work on what it has in memory."""
+
+    one: Waiting
+    loaded: Loaded
+    run: Run
+
+
 class Scheduler:
     """Orders and places requests for models. Only the pool calls it."""
 
@@ -46,7 +55,7 @@ class Scheduler:
         self.scores = Scores(self.queue.by_key)
         self.unbarred = False  # a flow that had its share has given a node back
         self.spared: set[Node] = set()  # those that get one request in a pass: it is a trial
-        self._went: dict[Attempt, Waiting] = {}
+        self._went: dict[Attempt, _Went] = {}
         self._barred: set[Flow] = set()  # flows that had their share when they were looked at
 
     def __repr__(self) -> str:
@@ -60,16 +69,27 @@ class Scheduler:
 
     # What a request goes through.
 
-    def submit(self, attempt: Attempt, key: str, nodes_of: NodesOf, now: float) -> Placed | Waiting:
+    def come(
+        self, attempt: Attempt, key: str, nodes: Sequence[Node], now: float
+    ) -> Placed | Waiting:
+        """A request has come, that may have these nodes. It gets one at once if nobody waits for
+        the model; else it is to wait."""
+        work, queue, scores = attempt.work, self.queue, self.scores
+        flow, size = queue.flow(work.flow, work.weight, now), scores.costs.size(work, key)
+        one = queue.come(attempt, key, flow, scores.asked(work, key, size, nodes, now), now)
+        scores.begin()
+        if key in queue.by_key or not self._may(one, flow.waiting + 1):
+            return one
+        best = scores.best(one, size, nodes, (), now)
+        return self._grant(one, *best, now) if best is not None and best[1].now else one
+
+    def wait(self, one: Waiting, nodes_of: NodesOf, now: float) -> Placed | None:
         """Have a request wait, unless there is a node for it. Those that wait already have had
         their turn at the last event."""
-        work = attempt.work
-        flow = self.queue.flow(work.flow, work.weight, now)
-        start = self.queue.tag(flow, self.scores.asked(attempt, key, nodes_of(attempt), now))
-        one = self.queue.push(attempt, key, flow, start, now)
-        self._begin()
+        self.queue.push(one)
+        self.spared.clear()
         placed = self._give([one], nodes_of, now, self.queue.before(one, now))
-        return placed[0] if placed else one
+        return placed[0] if placed else None
 
     def pass_(
         self, nodes_of: NodesOf, now: float, touched: Collection[Node] | None,
@@ -94,20 +114,20 @@ class Scheduler:
 
     def _may_gain(self, key: str, nodes: Collection[Node], now: float) -> bool:
         """Whether one of these could take a request for this model now."""
-        return any(self.scores.seat(n, key, now).free for n in nodes if key in n.present)
+        return any(self.scores.seat(n, key, now).open for n in nodes if key in n.present)
 
-    def began(self, attempt: Attempt, node: Node, key: str, now: float) -> bool:
+    def began(self, attempt: Attempt, node: Node, now: float) -> bool:
         """The first record of an answer is there: whatever had to be loaded is. Says whether
         anything had."""
-        memory = self.scores.memory(node)
-        one = memory.serving(attempt)
-        assert one is not None  # what has a node is at work there until it leaves
-        run = one.runs[attempt]
-        loading = one.ready is not None
-        memory.began(one, attempt.work, now)
-        one.prefixes.remember(attempt.work.blocks)
+        went, memory, work = self._went[attempt], self.scores.memories[node], attempt.work
+        loaded, run = went.loaded, went.run
+        loading = loaded.ready is not None
+        if loading or not loaded.plain:
+            memory.began(loaded, work, now)
+        if work.blocks:
+            loaded.prefixes.remember(work.blocks)
         if node.spec.auto:
-            memory.learned(one.key).began(run.ahead, run.since, now)
+            memory.learned(loaded.key).began(run.ahead, run.since, now)
         run.begin(now)
         return loading
 
@@ -116,14 +136,17 @@ class Scheduler:
         self.queue.leave(attempt)
         self._release()
 
-    def leave(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
+    def leave(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
         """A request that had a node has ended."""
-        went = self._went.pop(attempt)
-        self.queue.ended(went, now)
-        self.unbarred = self.unbarred or went.flow in self._barred
+        went, memory = self._went.pop(attempt), self.scores.memories[node]
+        self.queue.ended(went.one, now)
+        if self._barred and went.one.flow in self._barred:
+            self.unbarred = True
         if node.spec.auto:
-            self.scores.memory(node).learned(node.runner(key)).freed(now)
-        self.scores.ended(attempt, node, now, good=good)
+            memory.learned(went.loaded.key).freed(now)
+        memory.end(went.loaded, attempt, now, good=good)
+        if not (node.up and node.schedules):
+            memory.forget()
 
     def let_go(self, one: Waiting) -> None:
         """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
@@ -133,7 +156,7 @@ class Scheduler:
 
     def learn(self, node: Node, key: str, flow: str, told: Usage, ahead: int, now: float) -> None:
         """Take what the final record of an answer told, that had so many before it."""
-        self.scores.learn(node, key, flow, told)
+        self.scores.costs.learn(node, key, flow, told)
         if node.spec.auto and told.waited_s is not None and told.total_s is not None:
             learned = self.scores.memory(node).learned(node.runner(key))
             learned.learn(ahead, told.waited_s, told.total_s, now)
@@ -156,9 +179,9 @@ class Scheduler:
         for other in self.queue.alike(one.key, now)[:_LOOKED_AT]:
             if other is one:
                 break
-            best, _ = self._best(other, nodes_of(other.attempt), now)
+            best = self._best(other, nodes_of(other.attempt), now)
             if best is not None and self._may(other):
-                best.hold(self.scores.service_s(other, best))
+                best[0].hold(best[1].service_s)
 
     def _ranked(self, one: Waiting, nodes: Sequence[Node], now: float) -> Sequence[Weighed]:
         nodes = sorted(nodes, key=lambda node: node.in_flight)
@@ -167,12 +190,13 @@ class Scheduler:
         return sorted(found, key=lambda one: inf if one.total_s is None else one.total_s)
 
     def _weighed(self, one: Waiting, seat: Seat, now: float, *, may: bool) -> Weighed:
-        terms, node = self.scores.terms(one, seat, now), seat.node.spec
-        if terms is None:
+        size = self.scores.costs.size(one.attempt.work, one.key)
+        delay, node = self.scores.delay(one, size, seat, now), seat.node.spec
+        if delay is None:
             return Weighed(node, "no room for the model", later=True)
         return Weighed(
-            node, "" if may else _HAS_SHARE, terms.wait_s, terms.load_s, terms.answer_s,
-            seat.reason(one.attempt), now=terms.now and may, later=True,
+            node, "" if may else _HAS_SHARE, delay.wait_s, delay.load_s, delay.answer_s,
+            delay.reason(one.attempt), now=delay.now and may, later=True,
         )  # fmt: skip
 
     # Who gets it.
@@ -201,41 +225,33 @@ class Scheduler:
             left -= 1
             if not left:
                 break
-            best, terms = self._best(one, nodes, now)
-            if best is None or terms is None:
+            best = self._best(one, nodes, now)
+            if best is None:
                 one.expected_s = inf
                 self._reserve(one, nodes, now)
                 shut.add(id(nodes))
-            elif terms.now:
-                found.append(self._grant(one, best, now))
+            elif best[1].now:
+                found.append(self._go(one, *best, now))
             else:
-                one.expected_s = terms.wait_s + self._ahead_s(one, best, ahead)
-                best.hold(self.scores.service_s(one, best))
-                self._insist(one, best, now)
+                seat, delay = best
+                one.expected_s = delay.wait_s + self._ahead_s(one, delay, ahead)
+                seat.hold(delay.service_s)
+                self._insist(one, seat, now)
                 if not self._hope(nodes, one.key, now):
                     shut.add(id(nodes))
         return found
 
-    def _best(
-        self, one: Waiting, nodes: Sequence[Node], now: float
-    ) -> tuple[Seat | None, Delay | None]:
-        best, found, least = None, None, (inf, 0)
-        for node in nodes:
-            if node in self.spared:
-                continue
-            seat = self.scores.seat(node, one.key, now)
-            terms = self.scores.terms(one, seat, now)
-            if terms is not None and (terms.total_s, node.in_flight) < least:
-                best, found, least = seat, terms, (terms.total_s, node.in_flight)
-        return best, found
+    def _best(self, one: Waiting, nodes: Sequence[Node], now: float) -> tuple[Seat, Delay] | None:
+        size = self.scores.costs.size(one.attempt.work, one.key)
+        return self.scores.best(one, size, nodes, self.spared, now)
 
     def _hope(self, nodes: Sequence[Node], key: str, now: float) -> bool:
         """Whether a node could take another request for this model now."""
-        return any(self.scores.seat(n, key, now).free for n in nodes if n not in self.spared)
+        return any(self.scores.seat(n, key, now).open for n in nodes if n not in self.spared)
 
-    def _ahead_s(self, one: Waiting, seat: Seat, ahead: int) -> float:
+    def _ahead_s(self, one: Waiting, delay: Delay, ahead: int) -> float:
         """How long those take that go before it, roughly."""
-        return ahead * self.scores.service_s(one, seat) / max(1, self._slots(one.key))
+        return ahead * delay.service_s / max(1, self._slots(one.key))
 
     def _slots(self, key: str) -> int:
         """How many requests for a model are served at once."""
@@ -252,62 +268,67 @@ class Scheduler:
             if not memory.loaded and node.open and key in node.present
         )  # fmt: skip
 
-    def _may(self, one: Waiting) -> bool:
+    def _may(self, one: Waiting, waiting: int = 0) -> bool:
         """Whether its flow has not got its share of the slots already, of all and of those for
-        the model. Nodes that have nothing in memory count as slots, too."""
-        flow, share = one.flow, self._share
-        if share >= 1:
+        the model. Nodes that have nothing in memory count as slots, too. `waiting`: how many of the
+        flow are to be thought to wait, if not those that do."""
+        flow = one.flow
+        waiting = waiting or flow.waiting
+        if len(self.queue.flows) < 2 or (not flow.leases and waiting <= _BACKLOG):
             return True
+        share = self._share
         empty = self._empty(one.key)
         slots = empty + sum(
             memory.slots(key, node.spec)
             for node, memory in self.scores.memories.items() for key in memory.loaded
         )  # fmt: skip
         held, mine = flow.held.get(one.key, 0), empty + self._slots(one.key)
-        if flow.waiting > max(mine, _BACKLOG) and held >= max(1, int(share * mine)):
+        if waiting > max(mine, _BACKLOG) and held >= max(1, int(share * mine)):
             return False
-        return sum(flow.held.values()) < max(1, share * slots)
+        return flow.leases < max(1, share * slots)
 
     def _share_s(self, one: Waiting, nodes: Sequence[Node], now: float) -> float:
         """How long it waits, roughly, while its flow gets no more than its share."""
-        best, _ = self._best(one, nodes, now)
+        best = self._best(one, nodes, now)
         if best is None:
             return inf
         slots = max(1, int(self._share * self._slots(one.key)))
         own = sum(other.flow is one.flow for other in self.queue.by_key[one.key])
-        return own * self.scores.service_s(one, best) / slots
+        return own * best[1].service_s / slots
 
     @property
     def _share(self) -> float:
         """How much one flow may have of the slots."""
-        return max(_FLOW_SHARE, 1 / self.queue.active)
+        return max(_FLOW_SHARE, 1 / len(self.queue.flows))
 
-    def _grant(self, one: Waiting, seat: Seat, now: float) -> Placed:
-        attempt, key, loaded, node = one.attempt, one.key, seat.loaded, seat.node
-        reason, load_s = seat.reason(attempt), 0.0
-        first_s, out_s = self.scores.first_s(one, seat), self.scores.out_s(one, seat)
-        if loaded is None or seat.reloads(attempt.work):
-            need, load_s = need_bytes(node, seat.memory, key), seat.cost.load_s
-            num_ctx, ready = attempt.work.num_ctx, now + load_s
-            loaded = seat.memory.load(seat.runner, key, need, num_ctx, ready, now)
-            one.load_s = load_s
-            self.scores.changed(node)
+    def _go(self, one: Waiting, seat: Seat, delay: Delay, now: float) -> Placed:
+        """It waits no longer, and gets a node."""
+        placed = self._grant(one, seat, delay, now)
+        self.let_go(one)
+        return placed
+
+    def _grant(self, one: Waiting, seat: Seat, delay: Delay, now: float) -> Placed:
+        attempt, loaded, node, load_s = one.attempt, seat.loaded, seat.node, 0.0
+        if loaded is None or delay.load_s:
+            load_s = one.load_s = seat.cost.load_s
+            loaded = self.scores.load(seat, one, now)
+        elif seat.heap is None:
+            seat.free -= 1
         else:
-            seat.take(first_s + out_s)
-        ahead = len(loaded.runs)
+            seat.take(delay.service_s)
+        ahead, first_s = len(loaded.runs), load_s + delay.first_s
         if node.spec.auto:
             seat.memory.learned(seat.runner).lease(ahead, now)
-        loaded.runs[attempt] = Run(now, load_s + first_s, out_s, ahead)
+        run = loaded.runs[attempt] = Run(now, first_s, delay.out_s, ahead)
         loaded.used = now
-        self.scores.placed(one, reason, now)
-        self.queue.pop(attempt)
-        if key not in self.queue.by_key:
-            self._release()
+        reason = delay.reason(attempt)
+        if load_s or now > one.since:
+            self.scores.placed(one, reason, now)
         self.queue.went(one, now)
         if node.troubled:
             self.spared.add(node)
-        self._went[attempt] = one
-        return Placed(attempt, node, reason, ahead, load_s + first_s)
+        self._went[attempt] = _Went(one, loaded, run)
+        return Placed(attempt, node, reason, ahead, first_s)
 
     # Room for what waits long.
 
@@ -366,7 +387,7 @@ class Scheduler:
         """What it costs to make room for a model there, in seconds of all who wait: for it, and for
         what has to go, which is to be loaded again. Whoever has waited long does not care for those
         whose turn comes later: there may be more of them all the time."""
-        cost, key, long = self.scores.cost, one.key, now - one.since >= _LONG_S
+        cost, key, long = self.scores.costs.of, one.key, now - one.since >= _LONG_S
         ready_s = max((end for victim in victims for end in victim.ends(now)), default=0.0)
         ready_s += cost(node, key).load_s
         others_s = sum(

@@ -2,25 +2,20 @@
 answer's beginning."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from heapq import heapreplace
 from math import exp, inf
 
-import msgspec
-
+from router.core.costs import Costs, Size
 from router.core.demand import Demand
-from router.core.estimate import Cost, Lengths, cost, pace
-from router.core.memory import Loaded, Memory, Run, overdue_s
+from router.core.estimate import Cost
+from router.core.memory import Loaded, Memory, Run
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.prefix import BLOCK_TOKENS
 from router.core.queue import Waiting
+from router.core.seat import FIRST_SHARE, Delay, Seat, absent, loading_s, there
 from router.core.types import Reason
-from router.core.usage import Usage
 from router.core.work import Work
 
-_FIRST_SHARE = 0.3  # how much the length of an answer weighs against its first token
-_CONTENTION = 0.7
 _CAUTION = 0.5  # a load counts for so much more than it takes,
 _AGED_S, _AGED_SHARE = 30.0, 0.1  # and less so for one that has waited
 _PAID_SHARE = 0.5  # of what others have waited for a model
@@ -29,73 +24,6 @@ _SOON_S = 120.0  # a victim that is wanted again within so long has to be loaded
 _ONLY_COPY, _COPIES = 8.0, 4.0
 _LEAST_LOSS_S = 1.0  # where nobody waits for the load
 _SETTLED_LOADS = 4.0  # a model stays at least so many times as long as it took to load
-_ENDS_MAX = 64  # of one seat that are told apart
-_LOADING_S = 0.1  # at least, until it is seen to be over
-RUNNING_S = 0.01  # likewise: what is at work has its slot, however short it was thought to be
-
-
-class Delay(msgspec.Struct, frozen=True, eq=False):
-    """What a node would cost a request, in seconds: waiting for a slot, a load with what it drives
-    out, and the answer's beginning. `now`: it may have it now."""
-
-    wait_s: float
-    load_s: float
-    answer_s: float
-    now: bool
-
-    @property
-    def total_s(self) -> float:
-        return self.wait_s + self.load_s + self.answer_s
-
-
-@dataclass(slots=True, eq=False)
-class Seat:
-    """One model on one node, in one pass. `runner`: what stands for it in that memory. `ends`: a
-    heap of when its slots are free, in seconds; `loaded` is None where it has to be loaded, and
-    `victims` then what has to go for it, None where that cannot be; `evicts_s` what that costs
-    others."""
-
-    node: Node
-    runner: str
-    memory: Memory
-    loaded: Loaded | None
-    cost: Cost
-    contention: float
-    ends: list[float]
-    victims: Collection[Loaded] | None = ()
-    evicts_s: float = 0.0
-
-    @property
-    def free(self) -> bool:
-        """Whether it could take a request now."""
-        return self.victims is not None if self.loaded is None else self.ends[0] <= 0.0
-
-    def reloads(self, work: Work) -> bool:
-        """Whether a request has the model loaded, or loaded anew."""
-        return self.loaded is None or self.loaded.differs(work)
-
-    def known(self, attempt: Attempt) -> int:
-        """How many blocks of its prompt are in the cache there."""
-        work = attempt.work
-        if self.loaded is None or self.loaded.differs(work):
-            return 0
-        return self.loaded.prefixes.common(work.blocks)
-
-    def hold(self, service_s: float) -> None:
-        """One more has its turn there."""
-        heapreplace(self.ends, max(self.ends[0], 0.0) + service_s)
-
-    def take(self, service_s: float) -> None:
-        """One more is at work there."""
-        heapreplace(self.ends, max(service_s, RUNNING_S))
-
-    def reason(self, attempt: Attempt) -> Reason:
-        """Why a request would go there."""
-        if attempt.target.pin is not None:
-            return Reason.PINNED
-        if self.reloads(attempt.work):
-            return Reason.LOAD
-        return Reason.CACHED if self.known(attempt) else Reason.WARM
 
 
 class Scores:
@@ -105,12 +33,10 @@ class Scores:
     def __init__(self, queued: Mapping[str, Collection[Waiting]]) -> None:
         self.memories: dict[Node, Memory] = {}
         self._queued = queued
-        self._lengths = Lengths()
+        self.costs = Costs()
         self._demand = Demand()
         self._waited = Demand()  # seconds that requests have waited for a slot, since the last load
-        self._costs: dict[Node, dict[str, Cost]] = {}
         self._seats: dict[tuple[Node, str], Seat] = {}
-        self._contexts: dict[str, int] = {}  # how many tokens each model was last loaded for
         self.warm: Mapping[str, int] = {}  # how many replicas of a model are kept in memory
 
     def __repr__(self) -> str:
@@ -124,7 +50,7 @@ class Scores:
             del self.memories[node]
         for node, memory in self.memories.items():
             memory.configure(node.spec.gpus)
-        self._costs.clear()
+        self.costs.forget()
 
     def memory(self, node: Node) -> Memory:
         found = self.memories.get(node)
@@ -132,21 +58,14 @@ class Scores:
             found = self.memories[node] = Memory(node.spec.gpus)
         return found
 
-    def learn(self, node: Node, key: str, flow: str, told: Usage) -> None:
-        """Take what the final record of an answer told."""
-        self._costs.pop(node, None)
-        if told.completion_tokens:
-            self._lengths.learn(key, flow, told.completion_tokens)
-
     def see(self, node: Node, now: float, wall: float) -> None:
         """Take what the node has in its memory."""
         memory = self.memory(node)
+        self.costs.look(node)
         memory.see({node.runs(one): one for one in node.resident.values()}, now, wall)
         memory.keep(node.runners)
-        for one in memory.loaded.values():
-            for key in _names(node, one):
-                if one.num_ctx:
-                    self._contexts[key] = one.num_ctx
+        contexts = [(one, one.num_ctx) for one in memory.loaded.values() if one.num_ctx]
+        self.costs.see({key: ctx for one, ctx in contexts for key in _names(node, one)})
         grown = [
             size / disk for runner, size in memory.sizes.items()
             for key in node.names(runner)[:1] if (disk := node.size(key))
@@ -159,6 +78,13 @@ class Scores:
         if node in self.memories:
             self.memories[node].forget()
 
+    def load(self, seat: Seat, one: Waiting, now: float) -> Loaded:
+        """A request gets a node that has to load the model for it."""
+        node, memory, key, work = seat.node, seat.memory, one.key, one.attempt.work
+        need, ready = need_bytes(node, memory, key), now + seat.cost.load_s
+        self.changed(node)
+        return memory.load(seat.runner, key, need, work.num_ctx, ready, now)
+
     def placed(self, one: Waiting, reason: Reason, now: float) -> None:
         """A request has got a node. Once many have waited for long the model is worth a load."""
         if reason is Reason.LOAD:
@@ -167,61 +93,25 @@ class Scores:
             self._waited.count(one.key, now, now - one.since)
 
     def ended(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
-        """What was at work there, a request or a preload, has ended."""
+        """A preload has ended."""
         memory = self.memory(node)
-        memory.end(attempt, now, good=good)
+        loaded = next((one for one in memory.loaded.values() if attempt in one.runs), None)
+        if loaded is not None:
+            memory.end(loaded, attempt, now, good=good)
         if not (node.up and node.schedules):
             memory.forget()
 
-    # How long things take.
-
-    def asked(self, attempt: Attempt, key: str, nodes: Sequence[Node], now: float) -> float:
+    def asked(self, work: Work, key: str, size: Size, nodes: Sequence[Node], now: float) -> float:
         """Count a request for this model. Gives what it takes of whichever node answers it:
         seconds of a slot, as guessed from the model's size alone."""
         self._demand.count(key, now)
-        price = cost(nodes[0].size(key), None, 1.0)
-        known = 0
-        for node in nodes if attempt.work.blocks else ():
-            loaded = self.memory(node).loaded.get(node.runner(key))
-            if loaded is not None:
-                known = max(known, loaded.prefixes.common(attempt.work.blocks))
-        return self._read_s(attempt, key, price, known) + self._write_s(attempt, key, price)
-
-    def _read_s(self, attempt: Attempt, key: str, price: Cost, known: int) -> float:
-        """To work out a prompt, less the blocks that are known. Of a prompt that is longer than the
-        context its beginning is left out, and so is all that would be known."""
-        tokens, context = attempt.work.prompt_tokens, self._contexts.get(key, inf)
-        if tokens > context:
-            return context * price.prefill_s
-        return max(tokens - known * BLOCK_TOKENS, 0) * price.prefill_s
-
-    def _write_s(self, attempt: Attempt, key: str, price: Cost) -> float:
-        work = attempt.work
-        return self._lengths.expected(key, work.flow, work.max_tokens) * price.decode_s
-
-    def first_s(self, one: Waiting, seat: Seat) -> float:
-        """To read a prompt there."""
-        known = seat.known(one.attempt)
-        return self._read_s(one.attempt, one.key, seat.cost, known) * seat.contention
-
-    def out_s(self, one: Waiting, seat: Seat) -> float:
-        """To write an answer there."""
-        return self._write_s(one.attempt, one.key, seat.cost) * seat.contention
-
-    def service_s(self, one: Waiting, seat: Seat) -> float:
-        """For how long it would have a slot there, once the model is loaded."""
-        return self.first_s(one, seat) + self.out_s(one, seat)
-
-    def cost(self, node: Node, key: str) -> Cost:
-        costs = self._costs.get(node)
-        if costs is None:
-            costs = self._costs[node] = {}
-        found = costs.get(key)
-        if found is None:
-            replica = node.replicas.get(key)
-            rates = None if replica is None else replica.rates
-            found = costs[key] = cost(node.size(key), rates, _pace(node))
-        return found
+        tokens, cut, out = size
+        if work.blocks and not cut:
+            there = (self.memory(node).loaded.get(node.runner(key)) for node in nodes)
+            known = max(0 if one is None else one.prefixes.common(work.blocks) for one in there)
+            tokens = max(0, tokens - BLOCK_TOKENS * known)
+        price = self.costs.guessed(nodes[0], key)
+        return tokens * price.prefill_s + out * price.decode_s
 
     # What a node is worth now.
 
@@ -243,15 +133,14 @@ class Scores:
     def _look(self, node: Node, key: str, now: float) -> Seat:
         memory, runner = self.memory(node), node.runner(key)
         loaded = memory.loaded.get(runner)
-        price = self.cost(node, key)
-        others = sum(1 for one in memory.loaded.values() if one.runs and one is not loaded)
-        contention = 1 + _CONTENTION * max(0, others + 1 - memory.gpus) / memory.gpus
         if loaded is None:
-            victims = self._victims(node, memory, key, now)
-            evicts_s = sum(self._loss_s(node, one, now) for one in victims or ())
-            return Seat(node, runner, memory, None, price, contention, [0.0], victims, evicts_s)
-        ends = _ends(node, memory, loaded, now)
-        return Seat(node, runner, memory, loaded, price, contention, ends)
+            return self._absent(node, runner, memory, key, now)
+        return there(node, memory, loaded, self.costs.of(node, key), now)
+
+    def _absent(self, node: Node, runner: str, memory: Memory, key: str, now: float) -> Seat:
+        victims = self._victims(node, memory, key, now)
+        evicts_s = sum(self._loss_s(node, one, now) for one in victims or ())
+        return absent(node, runner, memory, self.costs.of(node, key), now, victims, evicts_s)
 
     def _victims(
         self, node: Node, memory: Memory, key: str, now: float
@@ -264,7 +153,7 @@ class Scores:
         if victims is None or memory.wanted == runner:
             return victims
         for one in victims:
-            stays_s = _SETTLED_LOADS * self.cost(node, one.name).load_s
+            stays_s = _SETTLED_LOADS * self.costs.of(node, one.name).load_s
             new = now - one.since < stays_s
             if self.waiting(node, one) or (new and not self._at_rest(key)):
                 return None
@@ -282,7 +171,7 @@ class Scores:
         rate = sum(self._demand.rate(key, now) for key in _names(node, victim))
         again = 1.0 if copies < self._kept(node, victim) else 1 - exp(-rate * _SOON_S)
         price = _COPIES / copies if copies else _ONLY_COPY
-        return again * self.cost(node, victim.name).load_s * price
+        return again * self.costs.of(node, victim.name).load_s * price
 
     def _copies(self, node: Node, one: Loaded) -> int:
         """How many other nodes have it in memory."""
@@ -316,34 +205,76 @@ class Scores:
         if any(self._copies(node, victim) < self._kept(node, victim) for victim in victims):
             return None
         losses = (max(_LEAST_LOSS_S, self._loss_s(node, victim, now)) for victim in victims)
-        return self.cost(node, key).load_s + sum(losses)
+        return self.costs.of(node, key).load_s + sum(losses)
 
     def preload(self, attempt: Attempt, node: Node, key: str, now: float) -> None:
         """A node is asked to load a model for nobody."""
-        memory, load_s = self.memory(node), self.cost(node, key).load_s
+        memory, load_s = self.memory(node), self.costs.of(node, key).load_s
         need = need_bytes(node, memory, key)
         loaded = memory.load(node.runner(key), key, need, None, now + load_s, now)
         loaded.runs[attempt] = Run(now, load_s, 0.0)
 
     # What it costs.
 
-    def terms(self, one: Waiting, seat: Seat, now: float) -> Delay | None:
+    def best(
+        self, one: Waiting, size: Size, nodes: Sequence[Node], spared: Collection[Node], now: float
+    ) -> tuple[Seat, Delay] | None:
+        """Where a request costs least, and what; None where no node can have it. Where it would
+        have to be loaded is only looked at if that could be less."""
+        found, least, flight = None, inf, 0
+        seats, key, todo = self._seats, one.key, [*nodes]
+        for place, node in enumerate(todo):
+            if node in spared:
+                continue
+            seat = seats.get((node, key))
+            if seat is None:
+                memory, runner = self.memory(node), node.runner(key)
+                loaded = memory.loaded.get(runner)
+                if loaded is not None:
+                    seat = there(node, memory, loaded, self.costs.of(node, key), now)
+                    seats[node, key] = seat
+                elif place < len(nodes):
+                    todo.append(node)  # after the others
+                    continue
+                elif _least_s(size, self.costs.of(node, key)) > least:
+                    continue
+                else:
+                    seat = seats[node, key] = self._absent(node, runner, memory, key, now)
+            delay = self.delay(one, size, seat, now)
+            if delay is not None and (delay.total_s, node.in_flight) < (least, flight):
+                found, least, flight = (seat, delay), delay.total_s, node.in_flight
+        return found
+
+    def delay(self, one: Waiting, size: Size, seat: Seat, now: float) -> Delay | None:
         """What this node would cost it; None where it cannot have it."""
-        loaded, memory = seat.loaded, seat.memory
+        loaded, memory, work = seat.loaded, seat.memory, one.attempt.work
+        tokens, cut, out = size
+        wait_s = load_s = 0.0
+        known, at_once = 0, True
         if loaded is None:
             if seat.victims is None:
                 return None
-            return Delay(0.0, self._load_s(one, seat, now), self._answer_s(one, seat), True)
-        anew, leaves = seat.reloads(one.attempt.work), loaded.key in memory.leaving
-        if leaves and memory.wanted != loaded.key:
-            return None
-        if anew or leaves:
-            wait_s = max(seat.ends) if loaded.runs else _loading_s(memory, now)
-            idle = not loaded.runs and loaded.ready is None and memory.loading is None
-            load_s = self._load_s(one, seat, now) if anew else 0.0
-            return Delay(wait_s, load_s, self._answer_s(one, seat), idle)
-        wait_s = seat.ends[0]
-        return Delay(wait_s, 0.0, self._answer_s(one, seat), wait_s <= 0.0)
+            load_s = self._load_s(one, seat, now)
+        else:
+            anew, leaves = loaded.differs(work), loaded.key in memory.leaving
+            if leaves and memory.wanted != loaded.key:
+                return None
+            if anew or leaves:
+                wait_s = max(seat.ends) if loaded.runs else loading_s(memory, now)
+                at_once = not loaded.runs and loaded.ready is None and memory.loading is None
+            elif seat.free <= 0:
+                wait_s, at_once = seat.ends[0], False
+            if anew:
+                load_s = self._load_s(one, seat, now)
+            elif work.blocks:
+                known = loaded.prefixes.common(work.blocks)
+                if not cut:
+                    tokens = max(0, tokens - known * BLOCK_TOKENS)
+        price, contention = seat.cost, seat.contention
+        first_s = tokens * price.prefill_s * contention
+        out_s = out * price.decode_s * contention
+        total_s = wait_s + load_s + first_s + FIRST_SHARE * out_s
+        return Delay(total_s, wait_s, load_s, first_s, out_s, known, at_once)
 
     def _load_s(self, one: Waiting, seat: Seat, now: float) -> float:
         """A load is dearer than it is long: it also costs those that it drives out. Whoever has
@@ -356,8 +287,12 @@ class Scores:
             return price_s
         return max(price_s - _PAID_SHARE * self._waited.total(one.key, now), _PRICE_SHARE * load_s)
 
-    def _answer_s(self, one: Waiting, seat: Seat) -> float:
-        return self.first_s(one, seat) + _FIRST_SHARE * self.out_s(one, seat)
+
+def _least_s(size: Size, price: Cost) -> float:
+    """What a node takes at least that has to load the model."""
+    tokens, _, out = size
+    answer_s = tokens * price.prefill_s + FIRST_SHARE * out * price.decode_s
+    return _PRICE_SHARE * price.load_s + answer_s
 
 
 def need_bytes(node: Node, memory: Memory, key: str) -> float:
@@ -368,37 +303,3 @@ def need_bytes(node: Node, memory: Memory, key: str) -> float:
 def _names(node: Node, one: Loaded) -> Sequence[str]:
     """What requests may call a model in memory by."""
     return node.names(one.key) or (one.name,)
-
-
-def _pace(node: Node) -> float:
-    replicas = node.replicas.items()
-    known = [(node.size(key), one.rates) for key, one in replicas if one.rates.answers]
-    return pace(known, node.spec.weight)
-
-
-def _ends(node: Node, memory: Memory, loaded: Loaded, now: float) -> list[float]:
-    """When its slots are free, in seconds, as a heap."""
-    slots = memory.slots(loaded.key, node.spec)
-    if node.spec.auto and len(loaded.runs) == slots:
-        slots += memory.tries(loaded.key, now)
-    free = min(slots - len(loaded.runs), _ENDS_MAX)
-    ends = [0.0] * free  # in order, they are a heap
-    if loaded.runs and free < _ENDS_MAX:  # or nobody gets to see when those that run will end
-        runs = loaded.runs.values()
-        ends += sorted(max(run.holds_s(now), RUNNING_S) for run in runs)[-slots:]
-    if loaded.ready is not None:
-        left_s = _ready_s(loaded.ready, now)
-        ends = [max(end, left_s) for end in ends]
-    return ends
-
-
-def _ready_s(ready: float, now: float) -> float:
-    """How long a load still takes that should be over at `ready`."""
-    left_s = ready - now
-    return max(left_s, _LOADING_S, overdue_s(left_s))
-
-
-def _loading_s(memory: Memory, now: float) -> float:
-    """How long a node still loads something."""
-    loading = memory.loading
-    return 0.0 if loading is None or loading.ready is None else _ready_s(loading.ready, now)

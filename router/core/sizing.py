@@ -39,15 +39,16 @@ def work(
     """What is known of a request before it is answered; its tokens are an estimate. `answers`: it
     is for text, which is as long as the model makes it. `options`: it may ask for a context, which
     with `at_least` may be raised."""
+    size = len(body)
     num_ctx, most = _limits(body)
     if not options:
         num_ctx = None
-    prompt = min(tokens(len(body)), num_ctx or _TOKENS_MAX)
-    if len(body) > _IMAGE_BYTES and any(mark in body for mark in _IMAGES):
+    prompt = min(tokens(size), num_ctx or _TOKENS_MAX)
+    if size > _IMAGE_BYTES and any(mark in body for mark in _IMAGES):
         prompt = min(prompt, _WITH_IMAGES_TOKENS)
     return Work(
-        flow, prompt, prefix.blocks(body), most if answers else 0, num_ctx, priority, deadline,
-        weight, len(body), options and at_least,
+        flow, prompt, prefix.blocks(body) if size >= prefix.BLOCK_BYTES else (),
+        most if answers else 0, num_ctx, priority, deadline, weight, size, options and at_least,
     )  # fmt: skip
 
 

@@ -604,7 +604,7 @@ def test_a_load_that_takes_too_long_waits_for_what_is_busy_to_end() -> None:
 def test_if_it_fails_all_goes_on() -> None:
     memory = loading("a5*")
     memory.see(listed("a5", 40.0), 40.0, WALL + 40)
-    memory.end("r", 41.0, good=False)
+    memory.end(memory.loaded["n"], "r", 41.0, good=False)
     assert (memory.wanted, set(memory.leaving), memory.loading) == ("", set(), None)
 
 
@@ -709,7 +709,7 @@ def test_a_good_end_means_that_it_is_loaded() -> None:
     memory = Memory([])
     one = memory.load("a", "a", GB, None, ready=20.0, now=0.0)
     one.runs["r"] = Run(0.0, 0.0, 10.0)
-    memory.end("r", 8.0, good=True)
+    memory.end(one, "r", 8.0, good=True)
     assert (one.runs, one.ready, one.used, memory.loading) == ({}, None, 8.0, None)
 
 
@@ -717,23 +717,17 @@ def test_a_load_whose_last_request_failed_is_none() -> None:
     memory = Memory([])
     one = memory.load("a", "a", GB, None, ready=20.0, now=0.0)
     one.runs.update({"r": Run(0.0, 0.0, 10.0), "s": Run(0.0, 0.0, 10.0)})
-    memory.end("r", 8.0, good=False)
+    memory.end(one, "r", 8.0, good=False)
     assert memory.loading is one
-    memory.end("s", 8.0, good=False)
+    memory.end(one, "s", 8.0, good=False)
     assert memory.loading is None
     assert not memory.loaded
 
 
 def test_a_model_that_is_loaded_stays_so_when_a_request_fails() -> None:
     memory = told(24, "a10*")
-    memory.end("a10*", 8.0, good=False)
+    memory.end(memory.loaded["a"], "a10*", 8.0, good=False)
     assert (memory.loaded["a"].used, memory.loaded["a"].runs) == (8.0, {})
-
-
-def test_an_end_of_what_is_not_there_changes_nothing() -> None:
-    memory = told(24, "a10*")
-    memory.end("other", 8.0, good=True)
-    assert (memory.loaded["a"].used, len(memory.loaded["a"].runs)) == (0.0, 1)
 
 
 # Requests at work

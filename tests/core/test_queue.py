@@ -34,9 +34,9 @@ class Door:
         """One more of the flow that the first letter of its name tells."""
         who = name[0]
         flow = self.queue.flow(who, self.weights.get(who, 1.0), self.now)
-        start = self.queue.tag(flow, cost)
         attempt = Attempt(Target(), work=Work(flow=who, priority=priority))
-        one = self.queue.push(attempt, key, flow, start, self.now)
+        one = self.queue.come(attempt, key, flow, cost, self.now)
+        self.queue.push(one)
         self.names[one], self.flows[who] = name, flow
         return one
 
@@ -398,7 +398,7 @@ def test_a_flow_that_was_not_here_for_a_minute_is_forgotten(after_s: float, acti
     door.end()
     door.now += after_s
     door.come("c1")
-    assert door.queue.active == active
+    assert len(door.queue.flows) == active
 
 
 def test_it_is_forgotten_too_when_no_one_new_comes() -> None:
@@ -410,19 +410,19 @@ def test_it_is_forgotten_too_when_no_one_new_comes() -> None:
     door.now = 1.0
     door.all_come("b1 b2")
     door.queue.order(62.0)
-    assert door.queue.active == 1
+    assert len(door.queue.flows) == 1
 
 
 def test_nothing_is_forgotten_where_there_is_nothing() -> None:
     assert list(Queue().order(0.0)) == []
-    assert (Queue().active, len(Queue())) == (0, 0)
+    assert (len(Queue().flows), len(Queue())) == (0, 0)
 
 
 def test_there_are_never_more_idle_flows_than_the_most() -> None:
     queue = Queue()
     for i in range(_MOST + 100):
         queue.flow(f"flow {i}", 1.0, 0.0)
-    assert queue.active <= _MOST + 1
+    assert len(queue.flows) <= _MOST + 1
 
 
 def test_a_flow_that_comes_back_after_it_was_forgotten_starts_with_the_others() -> None:

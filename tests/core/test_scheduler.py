@@ -87,7 +87,7 @@ class Yard:
             self.pool.observe(url(name), seen, self.now)
             self.look(name, has.loaded)
         for key in ALL:  # so many are expected as are asked for
-            self.pool._scheduler.scores._lengths.learn(f"{key}:latest", "", 1_000_000)
+            self.pool._scheduler.scores.costs._lengths.learn(f"{key}:latest", "", 1_000_000)
         self.now = 1000.0
 
     def topology(self, policy: Policy, **nodes: Has) -> Topology:
@@ -376,6 +376,19 @@ def test_another_context_is_a_load_and_waits_until_all_have_ended() -> None:
     assert yard.ask("x3", ctx=8192)[:5] == "waits"
     assert yard.end("x1") == {}
     assert yard.end("x2") == {"x3": "a load"}
+
+
+def test_who_waits_for_another_context_has_its_turn_among_those_that_do_not() -> None:
+    yard = Yard(a=Has("x", slots=3))
+    yard.look("a", "x", ctx=4096)
+    for one in ("x1", "x2", "x3"):
+        assert yard.ask(one, ctx=4096) == "a warm"
+    assert yard.ask("x4", ctx=8192).startswith("waits")
+    assert yard.ask("x5", ctx=4096).startswith("waits")
+    assert yard.ask("x6", ctx=4096).startswith("waits")
+    yard.pool.leave(yard.asked.pop("x1"), Outcome(), yard.now)
+    yard.pool.leave(yard.asked.pop("x2"), Outcome(), yard.now)
+    assert yard.settle() == {"x5": "a warm"}, "one slot of the two is kept for the first"
 
 
 def test_another_context_has_to_wait_for_what_the_node_loads() -> None:

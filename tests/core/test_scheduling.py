@@ -279,7 +279,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         assert self.pool._paid <= set(self.waiting)
         paid = sum(held.paid for held in self.pool._leases.values())
         assert self.pool._budget.running == paid + len(self.pool._paid)
-        flows = queue._flows.values()
+        flows = queue.flows.values()
         waits = Counter(attempt.work.flow for attempt in self.waiting)
         assert {flow.name: flow.waiting for flow in flows if flow.waiting} == waits
         held = Counter((one.work.flow, key_of(one)) for one in scheduler._went)
@@ -320,20 +320,20 @@ class SchedulingMachine(RuleBasedStateMachine):
             return
         for node in nodes:
             memory = scheduler.scores.memory(node)
-            loaded = memory.loaded.get(one.key)
-            if loaded is None or loaded.ready is not None or one.key in memory.leaving:
+            loaded = memory.loaded.get(node.runner(one.key))
+            if loaded is None or loaded.ready is not None or loaded.key in memory.leaving:
                 continue
             if any(loaded.differs(work) for work in asked):
                 continue  # it is to be loaded anew
-            if len(loaded.runs) < memory.slots(one.key, node.spec):
+            if len(loaded.runs) < memory.slots(loaded.key, node.spec):
                 yield node
 
     def is_better_elsewhere(self, one: Waiting, node: Node) -> bool:
         scheduler = self.pool._scheduler
         scheduler.scores.begin()
         nodes = self.pool._nodes_of(self.now)(one.attempt)
-        best, _ = scheduler._best(one, nodes, self.now)
-        return best is not None and best.node is not node
+        best = scheduler._best(one, nodes, self.now)
+        return best is not None and best[0].node is not node
 
     def teardown(self) -> None:
         """When nodes keep ending what they have, all that can be answered is; nothing is left."""
