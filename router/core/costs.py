@@ -7,7 +7,6 @@ from router.core.node import Node
 from router.core.usage import Usage
 from router.core.work import Work
 
-_ANEW = 16  # answers, after which what a model costs is worked out anew
 _CONTEXTS_MAX = 4096
 
 # Of one request: tokens to read; whether these are cut, so that none of them is in a cache; tokens
@@ -31,23 +30,18 @@ class Costs:
         return f"<Costs of {list(self._costs)}>"
 
     def learn(self, node: Node, key: str, flow: str, told: Usage) -> None:
-        """Take what the final record of an answer told, after the node's rates have."""
-        rates = node.replicas[key].rates
-        if not rates.learned or rates.answers % _ANEW == 0:
-            self.look(node)
+        """Take what the final record of an answer told, after the node's rates have: that says
+        something of models there, too, that have shown nothing yet."""
+        self._costs.pop(node, None)
+        self._paces.pop(node, None)
         if told.completion_tokens:
             self._lengths.learn(key, flow, told.completion_tokens)
 
-    def look(self, node: Node) -> None:
-        """Work out anew what things cost there, for those models too that have shown nothing."""
-        self._costs.pop(node, None)
-        self._paces.pop(node, None)
-        self._guesses.clear()
-
     def forget(self) -> None:
-        """Nodes have come or gone."""
+        """Nodes have come or gone, or have other models."""
         self._costs.clear()
         self._paces.clear()
+        self._guesses.clear()
 
     def see(self, contexts: Mapping[str, int]) -> None:
         """Take for how many tokens models are loaded."""
@@ -82,7 +76,7 @@ class Costs:
         if found is None:
             replica = node.replicas.get(key)
             rates = None if replica is None else replica.rates
-            found = costs[key] = cost(node.size(key), rates, self._pace(node))
+            found = costs[key] = cost(node.size(key), rates, lambda: self._pace(node))
         return found
 
     def _pace(self, node: Node) -> float:

@@ -1,6 +1,6 @@
 """How long things take on a node: learned, and guessed from sizes where nothing was learned."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import exp, log
 from typing import TypeVar
 
@@ -37,18 +37,17 @@ def guess(size_bytes: float, pace: float = 1.0) -> Cost:
     return Cost(load_s, decode_s / _PREFILL_PER_DECODE, decode_s)
 
 
-def cost(size_bytes: float, rates: Rates | None, pace: float) -> Cost:
+def cost(size_bytes: float, rates: Rates | None, pace: Callable[[], float]) -> Cost:
     """What a model costs: what was learned of it, and what nobody has told guessed."""
-    guessed = guess(size_bytes, pace)
     if rates is None:
-        return guessed
+        return guess(size_bytes, pace())
     tps, prefill_tps, load_s = rates.decode_tps, rates.prefill_tps, rates.load_s
+    if not tps or load_s is None:
+        guessed = guess(size_bytes, pace())
+        load_s = guessed.load_s if load_s is None else load_s
     decode_s = 1 / tps if tps else guessed.decode_s
-    return Cost(
-        guessed.load_s if load_s is None else load_s,
-        1 / prefill_tps if prefill_tps else decode_s / _PREFILL_PER_DECODE,
-        decode_s,
-    )
+    prefill_s = 1 / prefill_tps if prefill_tps else decode_s / _PREFILL_PER_DECODE
+    return Cost(load_s, prefill_s, decode_s)
 
 
 def pace(known: Iterable[tuple[float, Rates]], weight: float) -> float:

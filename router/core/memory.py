@@ -7,6 +7,7 @@ requests have loaded or driven out is worked out as Ollama does it.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from operator import attrgetter
 
 import msgspec
 
@@ -116,6 +117,9 @@ class Loaded:
         if self.asked is not None and self.asked > has:
             wanted = min(wanted, has)  # the model was not trained for more, whoever asks for it
         return wanted > has if work.at_least else wanted not in (has, self.asked)
+
+
+_BY_RANK = attrgetter("rank")
 
 
 class Memory:
@@ -283,16 +287,20 @@ class Memory:
         """What Ollama would unload to load a model; None where it would have to wait for that,
         unless that is wanted."""
         others = [one for one in self.loaded.values() if one.key != key]
-        room = self._limit_bytes - sum(one.size_bytes for one in others)
+        room, left = self._limit_bytes - sum([one.size_bytes for one in others]), len(others)
         found: list[Loaded] = []
-        others.sort(key=lambda one: one.rank)
-        for one in others:
-            if room >= need_bytes and len(others) - len(found) < self._count_max:
+        idle = others if busy else [one for one in others if not one.runs]
+        if len(idle) > 1:
+            idle.sort(key=_BY_RANK)
+        for one in idle:
+            if room >= need_bytes and left < self._count_max:
                 break
-            if one.ready is not None or (one.runs and not busy):
+            if one.ready is not None:
                 return None
             found.append(one)
-            room += one.size_bytes
+            room, left = room + one.size_bytes, left - 1
+        if left and (room < need_bytes or left >= self._count_max):
+            return None  # what is busy would have to go, too
         return found  # it may be too large for any room: then it is alone, partly in main memory
 
     def load(

@@ -57,6 +57,8 @@ class Scheduler:
         self.spared: set[Node] = set()  # those that get one request in a pass: it is a trial
         self._went: dict[Attempt, _Went] = {}
         self._barred: set[Flow] = set()  # flows that had their share when they were looked at
+        self._counts: dict[str, tuple[int, int]] = {}  # slots, in one pass: empty ones and all, by
+        self._all_slots = -1  # model, and of all models
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.queue)} waiting>"
@@ -78,6 +80,7 @@ class Scheduler:
         flow, size = queue.flow(work.flow, work.weight, now), scores.costs.size(work, key)
         one = queue.come(attempt, key, flow, scores.asked(work, key, size, nodes, now), now)
         scores.begin()
+        self._recount()
         if key in queue.by_key or not self._may(one, flow.waiting + 1):
             return one
         best = scores.best(one, size, nodes, (), now)
@@ -109,8 +112,15 @@ class Scheduler:
         return found
 
     def _begin(self) -> None:
+        """All is to be looked at anew."""
         self.scores.begin()
         self.spared.clear()
+        self._recount()
+
+    def _recount(self) -> None:
+        if self._counts or self._all_slots >= 0:
+            self._counts.clear()
+            self._all_slots = -1
 
     def _may_gain(self, key: str, nodes: Collection[Node], now: float) -> bool:
         """Whether one of these could take a request for this model now."""
@@ -253,6 +263,24 @@ class Scheduler:
         """How long those take that go before it, roughly."""
         return ahead * delay.service_s / max(1, self._slots(one.key))
 
+    def _count(self, key: str) -> tuple[int, int]:
+        """How many slots nodes without anything in memory would have for a model, and how many it
+        has with these."""
+        found = self._counts.get(key)
+        if found is None:
+            empty = self._empty(key)
+            found = self._counts[key] = empty, empty + self._slots(key)
+        return found
+
+    def _count_all(self) -> int:
+        """How many slots what is in memory has."""
+        if self._all_slots < 0:
+            self._all_slots = sum([
+                memory.slots(key, node.spec)
+                for node, memory in self.scores.memories.items() for key in memory.loaded
+            ])  # fmt: skip
+        return self._all_slots
+
     def _slots(self, key: str) -> int:
         """How many requests for a model are served at once."""
         return sum(
@@ -277,15 +305,11 @@ class Scheduler:
         if len(self.queue.flows) < 2 or (not flow.leases and waiting <= _BACKLOG):
             return True
         share = self._share
-        empty = self._empty(one.key)
-        slots = empty + sum(
-            memory.slots(key, node.spec)
-            for node, memory in self.scores.memories.items() for key in memory.loaded
-        )  # fmt: skip
-        held, mine = flow.held.get(one.key, 0), empty + self._slots(one.key)
+        empty, mine = self._count(one.key)
+        held = flow.held.get(one.key, 0)
         if waiting > max(mine, _BACKLOG) and held >= max(1, int(share * mine)):
             return False
-        return flow.leases < max(1, share * slots)
+        return flow.leases < max(1, share * (empty + self._count_all()))
 
     def _share_s(self, one: Waiting, nodes: Sequence[Node], now: float) -> float:
         """How long it waits, roughly, while its flow gets no more than its share."""
@@ -312,6 +336,7 @@ class Scheduler:
         if loaded is None or delay.load_s:
             load_s = one.load_s = seat.cost.load_s
             loaded = self.scores.load(seat, one, now)
+            self._recount()
         elif seat.heap is None:
             seat.free -= 1
         else:

@@ -61,7 +61,7 @@ class Scores:
     def see(self, node: Node, now: float, wall: float) -> None:
         """Take what the node has in its memory."""
         memory = self.memory(node)
-        self.costs.look(node)
+        self.costs.forget()
         memory.see({node.runs(one): one for one in node.resident.values()}, now, wall)
         memory.keep(node.runners)
         contexts = [(one, one.num_ctx) for one in memory.loaded.values() if one.num_ctx]
@@ -139,7 +139,7 @@ class Scores:
 
     def _absent(self, node: Node, runner: str, memory: Memory, key: str, now: float) -> Seat:
         victims = self._victims(node, memory, key, now)
-        evicts_s = sum(self._loss_s(node, one, now) for one in victims or ())
+        evicts_s = sum([self._loss_s(node, one, now) for one in victims]) if victims else 0.0
         return absent(node, runner, memory, self.costs.of(node, key), now, victims, evicts_s)
 
     def _victims(
@@ -221,11 +221,10 @@ class Scores:
     ) -> tuple[Seat, Delay] | None:
         """Where a request costs least, and what; None where no node can have it. Where it would
         have to be loaded is only looked at if that could be less."""
-        found, least, flight = None, inf, 0
-        seats, key, todo = self._seats, one.key, [*nodes]
-        for place, node in enumerate(todo):
-            if node in spared:
-                continue
+        found, least = None, (inf, 0, 0)
+        seats, key = self._seats, one.key
+        todo = [(place, node, False) for place, node in enumerate(nodes) if node not in spared]
+        for place, node, last in todo:
             seat = seats.get((node, key))
             if seat is None:
                 memory, runner = self.memory(node), node.runner(key)
@@ -233,16 +232,16 @@ class Scores:
                 if loaded is not None:
                     seat = there(node, memory, loaded, self.costs.of(node, key), now)
                     seats[node, key] = seat
-                elif place < len(nodes):
-                    todo.append(node)  # after the others
+                elif not last:
+                    todo.append((place, node, True))  # after the others
                     continue
-                elif _least_s(size, self.costs.of(node, key)) > least:
+                elif _least_s(size, self.costs.of(node, key)) > least[0]:
                     continue
                 else:
                     seat = seats[node, key] = self._absent(node, runner, memory, key, now)
             delay = self.delay(one, size, seat, now)
-            if delay is not None and (delay.total_s, node.in_flight) < (least, flight):
-                found, least, flight = (seat, delay), delay.total_s, node.in_flight
+            if delay is not None and (mine := (delay.total_s, node.in_flight, place)) < least:
+                found, least = (seat, delay), mine
         return found
 
     def delay(self, one: Waiting, size: Size, seat: Seat, now: float) -> Delay | None:

@@ -111,13 +111,13 @@ def absent(
     victims: Collection[Loaded] | None, evicts_s: float,
 ) -> Seat:  # fmt: skip
     """What would have to be loaded."""
-    contention = _contention(memory, None)
+    contention = 1.0 if victims is None else _contention(memory, None)
     return Seat(node, runner, memory, None, price, contention, 0, 0, now, victims, evicts_s)
 
 
 def _contention(memory: Memory, loaded: Loaded | None) -> float:
     """How much longer all takes for what else is at work on the same GPUs."""
-    others = sum([1 for one in memory.loaded.values() if one.runs and one is not loaded])
+    others = len([1 for one in memory.loaded.values() if one.runs and one is not loaded])
     return 1 + _CONTENTION * max(0, others + 1 - memory.gpus) / memory.gpus
 
 
