@@ -69,12 +69,16 @@ class Queue:
     """All that wait: `by_key`, by model, and `waiting`, by attempt; `flows`: those that have been
     here of late, by name."""
 
-    __slots__ = ("_by_priority", "_number", "_sweep_at", "_virtual", "by_key", "flows", "waiting")
+    __slots__ = (
+        "_by_priority", "_number", "_sharing", "_sweep_at", "_virtual", "by_key", "flows",
+        "waiting",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.by_key: dict[str, list[Waiting]] = {}
         self.waiting: dict[Attempt, Waiting] = {}
         self._by_priority: dict[Priority, int] = {}  # how many wait
+        self._sharing: dict[str, dict[Flow, int]] = {}  # how many of each flow wait, by model
         self.flows: dict[str, Flow] = {}
         self._sweep_at = 0.0
         self._virtual = 0.0  # that of the last one that went
@@ -126,6 +130,8 @@ class Queue:
         insort(self.by_key.setdefault(one.key, []), one)
         self.waiting[one.attempt] = one
         self._by_priority[work.priority] = self._by_priority.get(work.priority, 0) + 1
+        sharing = self._sharing.setdefault(one.key, {})
+        sharing[flow] = sharing.get(flow, 0) + 1
         flow.waiting += 1
         flow.waiting_bytes += work.body_bytes
 
@@ -157,6 +163,7 @@ class Queue:
         alike.remove(one)
         if not alike:
             del self.by_key[one.key]
+        self._unshare(one)
         priority = attempt.work.priority
         self._by_priority[priority] -= 1
         if not self._by_priority[priority]:
@@ -164,6 +171,24 @@ class Queue:
         one.flow.waiting -= 1
         one.flow.waiting_bytes -= attempt.work.body_bytes
         return one
+
+    def _unshare(self, one: Waiting) -> None:
+        sharing = self._sharing[one.key]
+        sharing[one.flow] -= 1
+        if not sharing[one.flow]:
+            del sharing[one.flow]
+            if not sharing:
+                del self._sharing[one.key]
+
+    def shares(self, one: Waiting) -> bool:
+        """Whether any of its flow waits for its model."""
+        return one.flow in self._sharing.get(one.key, ())
+
+    def part(self, one: Waiting) -> float:
+        """Which part of its model's slots is its flow's, if all flows that wait for that had
+        theirs."""
+        own, sharing = one.flow, self._sharing.get(one.key, ())
+        return own.weight / (own.weight + sum(f.weight for f in sharing if f is not own))
 
     def leave(self, attempt: Attempt) -> None:
         """It waits no longer, and has got nothing: its flow is not charged for it. Yet none that

@@ -5,7 +5,7 @@ its turn is taken into account for those behind it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import inf
+from math import ceil, inf
 
 import msgspec
 
@@ -23,7 +23,9 @@ _FLOW_SHARE = 0.7
 _HAS_SHARE = "its flow has its share of the slots already"
 _BACKLOG = 4  # a flow that has more of them waiting would take each slot that gets free
 _LOOKED_AT = 64  # of those that wait for one model
-_LONG_S = 30.0  # who has waited for so long waits for nobody else who comes after it in turn
+# Who has waited for so long cares for no more of those after it in turn than so many for each one
+# that waits with it, and for none once so much of its time is over.
+_LONG_S, _LATER, _LAST_SHARE = 30.0, 2, 0.5
 
 NodesOf = Callable[[Attempt], Sequence[Node]]
 
@@ -161,6 +163,8 @@ class Scheduler:
     def let_go(self, one: Waiting) -> None:
         """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
         self.queue.pop(one.attempt)
+        if self._barred and not self.queue.shares(one):
+            self.unbarred = True  # the others' parts have grown
         if one.key not in self.queue.by_key:
             self._release()
 
@@ -307,7 +311,7 @@ class Scheduler:
         share = self._share
         empty, mine = self._count(one.key)
         held = flow.held.get(one.key, 0)
-        if waiting > max(mine, _BACKLOG) and held >= max(1, int(share * mine)):
+        if held and waiting > max(mine, _BACKLOG) and held >= self._part(one, mine):
             return False
         return flow.leases < max(1, share * (empty + self._count_all()))
 
@@ -316,9 +320,14 @@ class Scheduler:
         best = self._best(one, nodes, now)
         if best is None:
             return inf
-        slots = max(1, int(self._share * self._slots(one.key)))
+        slots = self._part(one, self._slots(one.key))
         own = sum(other.flow is one.flow for other in self.queue.by_key[one.key])
         return own * best[1].service_s / slots
+
+    def _part(self, one: Waiting, slots: int) -> int:
+        """How many of a model's slots a flow with a backlog may have: as many as the others that
+        wait for it, and never more than its share."""
+        return max(1, min(int(self._share * slots), ceil(self.queue.part(one) * slots)))
 
     @property
     def _share(self) -> float:
@@ -410,17 +419,26 @@ class Scheduler:
         self, one: Waiting, node: Node, victims: Collection[Loaded], now: float
     ) -> tuple[float, float]:
         """What it costs to make room for a model there, in seconds of all who wait: for it, and for
-        what has to go, which is to be loaded again. Whoever has waited long does not care for those
-        whose turn comes later: there may be more of them all the time."""
-        cost, key, long = self.scores.costs.of, one.key, now - one.since >= _LONG_S
+        what has to go, which is to be loaded again."""
+        cost, key, later = self.scores.costs.of, one.key, self._later(one, now)
         ready_s = max((end for victim in victims for end in victim.ends(now)), default=0.0)
         ready_s += cost(node, key).load_s
         others_s = sum(
-            (self._sooner(node, victim, one) if long else self.scores.waiting(node, victim))
+            min(self.scores.waiting(node, victim), self._sooner(node, victim, one) + later)
             * (ready_s + cost(node, victim.name).load_s)
             for victim in victims
         )
         return self._waiting(key) * ready_s, others_s
+
+    def _later(self, one: Waiting, now: float) -> float:
+        """How many of those count whose turn comes later: there may be more of them all the time,
+        so in the end it waits for twice as long as the change costs one of them."""
+        waited_s = now - one.since
+        if waited_s < _LONG_S:
+            return inf
+        if waited_s >= _LAST_SHARE * (one.attempt.work.deadline - one.since):
+            return 0
+        return _LATER * self._waiting(one.key)
 
     def _sooner(self, node: Node, victim: Loaded, one: Waiting) -> int:
         """How many of those that wait for what has to go come before it in turn."""

@@ -705,8 +705,8 @@ def test_a_node_that_many_wait_for_makes_room_only_after_long() -> None:
 
 
 def test_a_flow_that_goes_on_asking_keeps_no_node_from_another_flow() -> None:
-    """However many wait for what has to go: after half a minute those whose turn comes later do
-    not count."""
+    """However many wait for what has to go: after half a minute no more of those whose turn comes
+    later count than two for each that waits for the room."""
     yard = Yard(a=Has("y", present="xy", gpus=[5]))
     for number in range(60):
         yard.ask(f"y{number}", flow="f")
@@ -719,6 +719,27 @@ def test_a_flow_that_goes_on_asking_keeps_no_node_from_another_flow() -> None:
         asked += 1
         assert yard.now < began + 40
     assert yard.said(yard.leases["x"]) == "a load"
+
+
+def long_change(within_s: float) -> tuple[Yard, float]:
+    """One asks for x while y has 100 s to go and sixty others wait for it; when room is made."""
+    yard = Yard(a=Has("y", present="xy", gpus=[5]))
+    yard.ask("y0", out=10_000, flow="f")
+    for number in range(1, 61):
+        yard.ask(f"y{number}", flow="f")
+    yard.ask("x", flow="g", within_s=within_s)
+    return yard, next(s for s in range(1, 300) if not yard.settle(1.0) and wanted(yard)["a"])
+
+
+def test_a_change_that_takes_long_is_waited_for_twice_as_long() -> None:
+    """Else a node that has work enough would do little else than load."""
+    _, waits_s = long_change(inf)
+    assert waits_s == pytest.approx(2 * (100 - waits_s + 2 * LOAD_S), abs=2.0)
+
+
+def test_who_has_waited_for_half_of_its_time_waits_for_nobody_whose_turn_is_later() -> None:
+    _, waits_s = long_change(100.0)
+    assert waits_s == 50
 
 
 def test_how_much_a_model_takes_is_told_by_the_others_there() -> None:
@@ -805,6 +826,57 @@ def test_a_flow_with_a_backlog_leaves_a_slot_of_each_model_to_others() -> None:
     assert yard.end("x-f1") == {}
     assert yard.end("x-f2") == {"x-f4": "a warm"}, "two are its share of four"
     assert yard.ask("x-other", flow="o") == "a warm"
+
+
+def test_a_flow_with_a_backlog_has_no_more_slots_than_each_other_that_waits() -> None:
+    yard = Yard(a=Has("x", slots=4))
+    yard.ask("x-o0", flow="o")
+    flood(yard, "f", 12)
+    for flow in "ghijk":
+        yard.ask(f"x-{flow}0", flow=flow)
+    assert sorted(yard.leases) == ["x-f0", "x-f1", "x-f2", "x-o0"]
+    assert yard.end("x-f0") == {"x-g0": "a warm"}
+    assert yard.end("x-f1") == {"x-h0": "a warm"}
+    assert yard.end("x-o0") == {"x-i0": "a warm"}, "f has one, as each of the others"
+    assert yard.end("x-g0") == {"x-f3": "a warm"}, "three flows wait for four slots"
+    assert yard.end("x-h0") == {"x-j0": "a warm"}
+    assert yard.end("x-i0") == {"x-k0": "a warm"}
+    assert yard.end("x-j0") == {}, "nobody else waits, and its share is two"
+
+
+def test_what_a_flow_with_a_backlog_has_of_a_model_is_by_its_weight() -> None:
+    yard = Yard(a=Has("x", slots=8))
+    for number in range(8):
+        yard.ask(f"x-o{number}", flow="o")
+    for number in range(20):
+        yard.ask(f"x-f{number}", flow="f", weight=3.0)
+        yard.ask(f"x-g{number}", flow="g")
+    for number in range(8):
+        yard.end(f"x-o{number}")
+    assert Counter(name[2] for name in yard.leases) == {"f": 5, "g": 2}
+
+
+def test_what_others_leave_a_flow_with_a_backlog_has_at_once() -> None:
+    yard = Yard(a=Has("x", slots=2), b=Has("x", slots=6))
+    yard.pool.registry.drain(url("b"), draining=True)
+    yard.ask("y", flow="g")
+    flood(yard, "f", 14)
+    for flow in "ghi":
+        yard.ask(f"x-{flow}0", flow=flow, priority=Priority.BATCH)
+    assert sorted(yard.leases) == ["x-f0", "x-f1", "y"]
+    yard.pool.registry.drain(url("b"), draining=False)
+    assert sorted(yard.settle()) == ["x-g0", "x-h0", "x-i0"], "four flows wait, and f has two of 8"
+    assert sorted(yard.settle()) == ["x-f2", "x-f3", "x-f4"], "no other waits: its share is five"
+
+
+def test_flows_that_all_have_a_backlog_leave_no_slot_free() -> None:
+    yard = Yard(a=Has("x", slots=4))
+    for number in range(12):
+        for flow in "fgh":
+            yard.ask(f"x-{flow}{number}", flow=flow)
+    for name in [*yard.leases]:
+        yard.end(name)
+    assert len(yard.leases) == 4
 
 
 def test_a_flow_may_always_have_one() -> None:
