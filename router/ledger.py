@@ -42,7 +42,7 @@ class Ledger:
                 told = usage.read(report.final)
                 report.usage = usage.counted(told, report.chunks)
                 if told.eval_s is not None and not report.continuations:
-                    self._learn(report.url, report.model, told, report.flow, report.ahead, ended)
+                    self._learn(report.url, report.model, told, report.flow, report.place, ended)
             self._tally.count(report, ended)
             if self.tell is not None:
                 self.tell(report, ended)

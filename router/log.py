@@ -61,10 +61,10 @@ class Report(msgspec.Struct, eq=False):
     `model` is a canonical name, `sent` the one that a node is told; `known` says whether a node
     has it, so that it may become a metric label. `client` is an address. `final`: the last records
     of the answer, `chunks`: how many carried a part of it; `usage` is read from both. `url` is
-    that of the last node, `ahead` how many requests for the model it had. `flow`: whose it is,
-    where requests wait in turn. `sent_at`: when the last node was asked, `expected_s`: in how many
-    seconds from then on its answer was expected to begin. `continuations`: one result for each node
-    that failed in the midst.
+    that of the last node, `place` the request's number in the line for the model there. `flow`:
+    whose it is, where requests wait in turn. `sent_at`: when the last node was asked, `expected_s`:
+    in how many seconds from then on its answer was expected to begin. `continuations`: one result
+    for each node that failed in the midst.
     """
 
     id: str
@@ -89,7 +89,7 @@ class Report(msgspec.Struct, eq=False):
     usage: Usage = NOTHING
     url: str = ""
     flow: str = ""
-    ahead: int = 0
+    place: int = 0
     sent_at: float = 0.0
     expected_s: float | None = None
     continuations: tuple[Continued, ...] = ()

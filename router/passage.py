@@ -134,7 +134,7 @@ class Passage(msgspec.Struct, eq=False):
             report.attempts += 1
             self.waited_s += held.waited_s
             report.node, report.url, report.reason = node.name, node.url, lease.reason
-            report.ahead, report.expected_s = lease.ahead, lease.expected_s
+            report.place, report.expected_s = lease.place, lease.expected_s
             try:
                 exchange = await self._open(lease)
                 try:

@@ -40,11 +40,19 @@ def _row(node: Mapping[str, Any]) -> tuple[str, ...]:
         node["name"],
         ", ".join(_states(node)),
         str(node["in_flight"]),
-        str(node["slots"]),
+        _slots(node),
         node["version"] or "-",
         str(len(node["present"])),
         node["url"],
     )
+
+
+def _slots(node: Mapping[str, Any]) -> str:
+    """The learned ones of its models in brackets."""
+    learned = sorted({*node["slots_learned"].values()})
+    if node["slots"] != "auto" or not learned:
+        return str(node["slots"])
+    return f"auto ({learned[0]}-{learned[-1]})" if len(learned) > 1 else f"auto ({learned[0]})"
 
 
 def _states(node: Mapping[str, Any]) -> Sequence[str]:

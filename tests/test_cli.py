@@ -251,7 +251,8 @@ async def test_nodes_says_who_is_drained_ejected_and_busy_in_a_hundred_columns(
 
 NODE: dict[str, Any] = {
     "name": "n1", "state": "up", "draining": True, "ejected": [], "in_flight": 1, "slots": 1,
-    "version": "", "present": [], "resident": [], "url": "http://n1:11434", "detail": "answers",
+    "slots_learned": {}, "version": "", "present": [], "resident": [], "url": "http://n1:11434",
+    "detail": "answers",
 }  # fmt: skip
 
 
@@ -302,6 +303,25 @@ async def test_nodes_shows_a_state_in_as_many_words_as_it_takes(
     async with answering({"nodes": [{**NODE, "state": state, "draining": draining}]}) as (url, _):
         assert await nodes(url) == 0
     assert cells(capsys.readouterr().out.splitlines()[1])[1] == shown
+
+
+@pytest.mark.parametrize(
+    ("slots", "learned", "shown"),
+    [
+        (4, {}, "4"),
+        (4, {"a": 2}, "4"),  # before the last reload
+        ("auto", {}, "auto"),
+        ("auto", {"a": 4}, "auto (4)"),
+        ("auto", {"a": 4, "b": 1, "c": 2}, "auto (1-4)"),
+    ],
+)
+async def test_nodes_shows_slots_and_what_was_learned_of_them(
+    slots: object, learned: Mapping[str, int], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = {**NODE, "slots": slots, "slots_learned": learned}
+    async with answering({"nodes": [node]}) as (url, _):
+        assert await nodes(url) == 0
+    assert cells(capsys.readouterr().out.splitlines()[1])[3] == shown
 
 
 @pytest.mark.parametrize(

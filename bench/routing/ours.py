@@ -96,7 +96,7 @@ class Ours:
         if lease.expected_s is not None:
             self._sent[ask.number] = Guess(now, lease.expected_s)
         node = self._urls.index(lease.node.url)
-        self._at[ask.number] = node, lease.ahead
+        self._at[ask.number] = node, lease.place
         self._ready.append(Decision(ask, node))
 
     def _collect(self, now: float) -> None:
@@ -117,8 +117,8 @@ class Ours:
             final.prompt_tokens, final.tokens, final.load_s, final.decode_s, final.prompt_s,
             total_s=final.total_s,
         )  # fmt: skip
-        node, ahead = self._at.pop(ask.number)
-        self._pool.learn(self._urls[node], ask.model, told, ask.flow, ahead, now)
+        node, place = self._at.pop(ask.number)
+        self._pool.learn(self._urls[node], ask.model, told, ask.flow, place, now)
 
     def looked(self, node: int, loaded: Sequence[Loaded], now: float) -> None:
         resident = {

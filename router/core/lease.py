@@ -9,14 +9,14 @@ from router.core.types import Flip, NodeSpec, Reason, Rejected
 
 
 class Lease(msgspec.Struct, frozen=True, eq=False):
-    """The right to have `attempt` in flight on `node`. `ahead`: how many requests for the model
-    are there already, where that matters; `expected_s`: when the answer is expected to begin."""
+    """The right to have `attempt` in flight on `node`. `place`: its number in the line for the
+    model there, where slots are learned; `expected_s`: when the answer is expected to begin."""
 
     attempt: Attempt
     node: NodeSpec
     reason: Reason
     flips: Sequence[Flip] = ()
-    ahead: int = 0
+    place: int = 0
     expected_s: float | None = None
 
 

@@ -45,12 +45,12 @@ class Loads(msgspec.Struct):
 
 class Run(msgspec.Struct, eq=False):
     """One request at work: since when, and how long it is expected to take until its answer
-    begins and for the answer."""
+    begins and for the answer. `place`: its number in the line, where slots are learned."""
 
     since: float
     first_s: float
     out_s: float
-    ahead: int = 0
+    place: int = -1
 
     def left_s(self, now: float) -> float:
         return max(self._until_s(now), _AT_LEAST * self.out_s)
@@ -272,7 +272,7 @@ class Memory:
         return {key: one.sure for key, one in self._slots.items()}
 
     def tries(self, key: str, now: float) -> int:
-        """1 where it is time to try whether it serves one more."""
+        """How many more may be at work now, to see whether they are served."""
         return self.learned(key).tries(now)
 
     def need_bytes(self, key: str, disk_bytes: float) -> float:
@@ -348,7 +348,7 @@ class Memory:
         run, key = one.runs.pop(attempt), one.key
         one.used = now
         if key in self._slots:
-            self._slots[key].ended(run.ahead)
+            self._slots[key].ended(run.place, now)
         if one.ready is None:
             return
         if good:

@@ -140,7 +140,7 @@ class Pool:
         self._leases[attempt] = _Held(node, key, ground.turn, paid, placed is not None)
         if placed is None:
             return Lease(attempt, node.spec, reason, flips)
-        return Lease(attempt, node.spec, reason, flips, placed.ahead, placed.first_s)
+        return Lease(attempt, node.spec, reason, flips, placed.place, placed.first_s)
 
     # Those that wait.
 
@@ -314,15 +314,15 @@ class Pool:
             node.forgive(target.model.key)
 
     def learn(
-        self, url: str, key: str, told: Usage, flow: str = "", ahead: int = 0, now: float = 0.0
+        self, url: str, key: str, told: Usage, flow: str = "", place: int = 0, now: float = 0.0
     ) -> None:
         """Take what the final record of an answer told of the node's speed, to a request of this
-        flow that had so many for the same model before it."""
+        flow that had this place in the line for the model."""
         node = self.registry.nodes.get(url)
         replica = None if node is None else node.replicas.get(key)
         if node is not None and replica is not None:
             replica.rates.learn(told)
-            self._scheduler.learn(node, key, flow, told, ahead, now)
+            self._scheduler.learn(node, key, flow, told, place, now)
 
     def first_byte_s(self, lease: Lease, waits: Waits, body_bytes: int, *, streams: bool) -> float:
         """How long the answer to a leased request may take to begin."""

@@ -31,13 +31,13 @@ NodesOf = Callable[[Attempt], Sequence[Node]]
 
 
 class Placed(msgspec.Struct, frozen=True, eq=False):
-    """The node that a request gets now, and why. `ahead`: how many requests for the model are at
-    work there; `first_s`: when its answer is expected to begin, in seconds."""
+    """The node that a request gets now, and why. `place`: its number in the line for the model
+    there, where slots are learned; `first_s`: when its answer is expected to begin, in seconds."""
 
     attempt: Attempt
     node: Node
     reason: Reason
-    ahead: int = 0
+    place: int = 0
     first_s: float = 0.0
 
 
@@ -139,7 +139,7 @@ class Scheduler:
         if work.blocks:
             loaded.prefixes.remember(work.blocks)
         if node.spec.auto:
-            memory.learned(loaded.key).began(run.ahead, run.since, now)
+            memory.learned(loaded.key).began(run.place)
         run.begin(now)
         return loading
 
@@ -154,8 +154,6 @@ class Scheduler:
         self.queue.ended(went.one, now)
         if self._barred and went.one.flow in self._barred:
             self.unbarred = True
-        if node.spec.auto:
-            memory.learned(went.loaded.key).freed(now)
         memory.end(went.loaded, attempt, now, good=good)
         if not (node.up and node.schedules):
             memory.forget()
@@ -168,12 +166,12 @@ class Scheduler:
         if one.key not in self.queue.by_key:
             self._release()
 
-    def learn(self, node: Node, key: str, flow: str, told: Usage, ahead: int, now: float) -> None:
-        """Take what the final record of an answer told, that had so many before it."""
+    def learn(self, node: Node, key: str, flow: str, told: Usage, place: int, now: float) -> None:
+        """Take what the final record of an answer told, that had this place in the line."""
         self.scores.costs.learn(node, key, flow, told)
         if node.spec.auto and told.waited_s is not None and told.total_s is not None:
             learned = self.scores.memory(node).learned(node.runner(key))
-            learned.learn(ahead, told.waited_s, told.total_s, now)
+            learned.learn(place, told.waited_s, told.total_s - (told.load_s or 0.0), now)
 
     def weigh(
         self, attempt: Attempt, key: str, nodes: Sequence[Node], nodes_of: NodesOf, now: float
@@ -350,10 +348,10 @@ class Scheduler:
             seat.free -= 1
         else:
             seat.take(delay.service_s)
-        ahead, first_s = len(loaded.runs), load_s + delay.first_s
+        place, first_s = 0, load_s + delay.first_s
         if node.spec.auto:
-            seat.memory.learned(seat.runner).lease(ahead, now)
-        run = loaded.runs[attempt] = Run(now, first_s, delay.out_s, ahead)
+            place = seat.memory.learned(seat.runner).lease(len(loaded.runs), now)
+        run = loaded.runs[attempt] = Run(now, first_s, delay.out_s, place)
         loaded.used = now
         reason = delay.reason(attempt)
         if load_s or now > one.since:
@@ -362,7 +360,7 @@ class Scheduler:
         if node.troubled:
             self.spared.add(node)
         self._went[attempt] = _Went(one, loaded, run)
-        return Placed(attempt, node, reason, ahead, first_s)
+        return Placed(attempt, node, reason, place, first_s)
 
     # Room for what waits long.
 

@@ -124,7 +124,7 @@ def _contention(memory: Memory, loaded: Loaded | None) -> float:
 def _learned(memory: Memory, loaded: Loaded, spec: NodeSpec, now: float) -> int:
     """How many requests it may serve at once now, where that is learned."""
     slots = memory.slots(loaded.key, spec)
-    return slots + memory.tries(loaded.key, now) if len(loaded.runs) == slots else slots
+    return slots + memory.tries(loaded.key, now) if len(loaded.runs) >= slots else slots
 
 
 def _ends(loaded: Loaded, slots: int, now: float) -> list[float]:

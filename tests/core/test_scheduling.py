@@ -157,10 +157,10 @@ class SchedulingMachine(RuleBasedStateMachine):
             self.outright.add(attempt)
             return
         before = self.on(url, key) - 1
-        assert lease.ahead == before
         memory = self.pool._scheduler.scores.memory(self.nodes[url])
         spec = self.specs[url]
-        most = memory.learned(key).sure + 1 if spec.auto else spec.slots
+        sure = memory.learned(key).sure
+        most = sure + max(1, sure // 2) if spec.auto else spec.slots
         assert before < most, "slots hold"
 
     def settle(self) -> None:
@@ -212,7 +212,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         if outcome.failure is None and outcome.told:
             told = Usage(100, 50, 2.0, 5.0, 1.0, total_s=8.0 + waited_s)
             key, flow = key_of(attempt), attempt.work.flow
-            self.pool.learn(lease.node.url, key, told, flow, lease.ahead, self.now)
+            self.pool.learn(lease.node.url, key, told, flow, lease.place, self.now)
 
     @rule(pick=st.integers(0, 100))
     def give_up(self, pick: int) -> None:
