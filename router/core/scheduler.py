@@ -5,7 +5,7 @@ its turn is taken into account for those behind it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import ceil, inf
+from math import inf
 
 import msgspec
 
@@ -13,19 +13,15 @@ from router.core.memory import Loaded, Run
 from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.queue import Flow, Queue, Waiting
-from router.core.score import Scores, need_bytes
+from router.core.room import Room
+from router.core.score import Scores
 from router.core.seat import Delay, Seat
+from router.core.shares import Shares
 from router.core.types import Reason, Weighed
 from router.core.usage import Usage
 
-_PATIENCE_S = 8.0  # then a node is made to make room
-_FLOW_SHARE = 0.7
 _HAS_SHARE = "its flow has its share of the slots already"
-_BACKLOG = 4  # a flow that has more of them waiting would take each slot that gets free
 _LOOKED_AT = 64  # of those that wait for one model
-# Who has waited for so long cares for no more of those after it in turn than so many for each one
-# that waits with it, and for none once so much of its time is over.
-_LONG_S, _LATER, _LAST_SHARE = 30.0, 2, 0.5
 
 NodesOf = Callable[[Attempt], Sequence[Node]]
 
@@ -55,12 +51,12 @@ class Scheduler:
     def __init__(self) -> None:
         self.queue = Queue()
         self.scores = Scores(self.queue.by_key)
+        self._shares = Shares(self.queue, self.scores)
+        self._room = Room(self.queue, self.scores)
         self.unbarred = False  # a flow that had its share has given a node back
         self.spared: set[Node] = set()  # those that get one request in a pass: it is a trial
         self._went: dict[Attempt, _Went] = {}
         self._barred: set[Flow] = set()  # flows that had their share when they were looked at
-        self._counts: dict[str, tuple[int, int]] = {}  # slots, in one pass: empty ones and all, by
-        self._all_slots = -1  # model, and of all models
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.queue)} waiting>"
@@ -82,8 +78,8 @@ class Scheduler:
         flow, size = queue.flow(work.flow, work.weight, now), scores.costs.size(work, key)
         one = queue.come(attempt, key, flow, scores.asked(work, key, size, nodes, now), now)
         scores.begin()
-        self._recount()
-        if key in queue.by_key or not self._may(one, flow.waiting + 1):
+        self._shares.begin()
+        if key in queue.by_key or not self._shares.may(one, flow.waiting + 1):
             return one
         best = scores.best(one, size, nodes, (), now)
         return self._grant(one, *best, now) if best is not None and best[1].now else one
@@ -103,7 +99,7 @@ class Scheduler:
         """Give nodes to those that wait, as far as there are any. `touched`: where something has
         happened since the last time, None for everywhere; `came`: models that more wait for."""
         self._begin()
-        self._release()
+        self._room.release()
         if touched is None:
             self._barred.clear()
         found: list[Placed] = []
@@ -117,12 +113,7 @@ class Scheduler:
         """All is to be looked at anew."""
         self.scores.begin()
         self.spared.clear()
-        self._recount()
-
-    def _recount(self) -> None:
-        if self._counts or self._all_slots >= 0:
-            self._counts.clear()
-            self._all_slots = -1
+        self._shares.begin()
 
     def _may_gain(self, key: str, nodes: Collection[Node], now: float) -> bool:
         """Whether one of these could take a request for this model now."""
@@ -146,7 +137,7 @@ class Scheduler:
     def withdraw(self, attempt: Attempt) -> None:
         """It waits no longer, and has got nothing."""
         self.queue.leave(attempt)
-        self._release()
+        self._room.release()
 
     def leave(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
         """A request that had a node has ended."""
@@ -164,7 +155,7 @@ class Scheduler:
         if self._barred and not self.queue.shares(one):
             self.unbarred = True  # the others' parts have grown
         if one.key not in self.queue.by_key:
-            self._release()
+            self._room.release()
 
     def learn(self, node: Node, key: str, flow: str, told: Usage, place: int, now: float) -> None:
         """Take what the final record of an answer told, that had this place in the line."""
@@ -192,12 +183,12 @@ class Scheduler:
             if other is one:
                 break
             best = self._best(other, nodes_of(other.attempt), now)
-            if best is not None and self._may(other):
+            if best is not None and self._shares.may(other):
                 best[0].hold(best[1].service_s)
 
     def _ranked(self, one: Waiting, nodes: Sequence[Node], now: float) -> Sequence[Weighed]:
         nodes = sorted(nodes, key=lambda node: node.in_flight)
-        may, seat = self._may(one), self.scores.seat
+        may, seat = self._shares.may(one), self.scores.seat
         found = [self._weighed(one, seat(node, one.key, now), now, may=may) for node in nodes]
         return sorted(found, key=lambda one: inf if one.total_s is None else one.total_s)
 
@@ -228,7 +219,7 @@ class Scheduler:
             nodes = nodes_of(one.attempt)
             if id(nodes) in shut:
                 continue
-            if not self._may(one):
+            if not self._shares.may(one):
                 barred.add(one.flow)
                 self._barred.add(one.flow)
                 if one.expected_s == inf:
@@ -240,7 +231,7 @@ class Scheduler:
             best = self._best(one, nodes, now)
             if best is None:
                 one.expected_s = inf
-                self._reserve(one, nodes, now)
+                self._room.reserve(one, nodes, now)
                 shut.add(id(nodes))
             elif best[1].now:
                 found.append(self._go(one, *best, now))
@@ -248,7 +239,7 @@ class Scheduler:
                 seat, delay = best
                 one.expected_s = delay.wait_s + self._ahead_s(one, delay, ahead)
                 seat.hold(delay.service_s)
-                self._insist(one, seat, now)
+                self._room.insist(one, seat, now)
                 if not self._hope(nodes, one.key, now):
                     shut.add(id(nodes))
         return found
@@ -263,74 +254,16 @@ class Scheduler:
 
     def _ahead_s(self, one: Waiting, delay: Delay, ahead: int) -> float:
         """How long those take that go before it, roughly."""
-        return ahead * delay.service_s / max(1, self._slots(one.key))
-
-    def _count(self, key: str) -> tuple[int, int]:
-        """How many slots nodes without anything in memory would have for a model, and how many it
-        has with these."""
-        found = self._counts.get(key)
-        if found is None:
-            empty = self._empty(key)
-            found = self._counts[key] = empty, empty + self._slots(key)
-        return found
-
-    def _count_all(self) -> int:
-        """How many slots what is in memory has."""
-        if self._all_slots < 0:
-            self._all_slots = sum([
-                memory.slots(key, node.spec)
-                for node, memory in self.scores.memories.items() for key in memory.loaded
-            ])  # fmt: skip
-        return self._all_slots
-
-    def _slots(self, key: str) -> int:
-        """How many requests for a model are served at once."""
-        return sum(
-            memory.slots(runner, node.spec) for node, memory in self.scores.memories.items()
-            if (runner := node.runner(key)) in memory.loaded
-        )  # fmt: skip
-
-    def _empty(self, key: str) -> int:
-        """How many requests nodes could serve at once that have nothing in memory yet."""
-        return sum(
-            1 if node.spec.auto else node.spec.slots
-            for node, memory in self.scores.memories.items()
-            if not memory.loaded and node.open and key in node.present
-        )  # fmt: skip
-
-    def _may(self, one: Waiting, waiting: int = 0) -> bool:
-        """Whether its flow has not got its share of the slots already, of all and of those for
-        the model. Nodes that have nothing in memory count as slots, too. `waiting`: how many of the
-        flow are to be thought to wait, if not those that do."""
-        flow = one.flow
-        waiting = waiting or flow.waiting
-        if len(self.queue.flows) < 2 or (not flow.leases and waiting <= _BACKLOG):
-            return True
-        share = self._share
-        empty, mine = self._count(one.key)
-        held = flow.held.get(one.key, 0)
-        if held and waiting > max(mine, _BACKLOG) and held >= self._part(one, mine):
-            return False
-        return flow.leases < max(1, share * (empty + self._count_all()))
+        return ahead * delay.service_s / max(1, self._shares.slots(one.key))
 
     def _share_s(self, one: Waiting, nodes: Sequence[Node], now: float) -> float:
         """How long it waits, roughly, while its flow gets no more than its share."""
         best = self._best(one, nodes, now)
         if best is None:
             return inf
-        slots = self._part(one, self._slots(one.key))
+        slots = self._shares.part(one, self._shares.slots(one.key))
         own = sum(other.flow is one.flow for other in self.queue.by_key[one.key])
         return own * best[1].service_s / slots
-
-    def _part(self, one: Waiting, slots: int) -> int:
-        """How many of a model's slots a flow with a backlog may have: as many as the others that
-        wait for it, and never more than its share."""
-        return max(1, min(int(self._share * slots), ceil(self.queue.part(one) * slots)))
-
-    @property
-    def _share(self) -> float:
-        """How much one flow may have of the slots."""
-        return max(_FLOW_SHARE, 1 / len(self.queue.flows))
 
     def _go(self, one: Waiting, seat: Seat, delay: Delay, now: float) -> Placed:
         """It waits no longer, and gets a node."""
@@ -343,7 +276,7 @@ class Scheduler:
         if loaded is None or delay.load_s:
             load_s = one.load_s = seat.cost.load_s
             loaded = self.scores.load(seat, one, now)
-            self._recount()
+            self._shares.begin()
         elif seat.heap is None:
             seat.free -= 1
         else:
@@ -361,87 +294,3 @@ class Scheduler:
             self.spared.add(node)
         self._went[attempt] = _Went(one, loaded, run)
         return Placed(attempt, node, reason, place, first_s)
-
-    # Room for what waits long.
-
-    def _release(self) -> None:
-        """Nodes make no more room for what nobody waits for."""
-        by_key = self.queue.by_key
-        for node, memory in self.scores.memories.items():
-            if not memory.wanted:
-                continue
-            keys = [key for key in by_key if node.runner(key) == memory.wanted]
-            loaded = memory.loaded.get(memory.wanted)
-            if loaded is None or loaded is memory.loading:
-                needed = bool(keys)
-            else:
-                waiting = (one for key in keys for one in by_key[key])
-                needed = any(loaded.differs(one.attempt.work) for one in waiting)
-            if not needed:
-                memory.release()
-
-    @staticmethod
-    def _insist(one: Waiting, seat: Seat, now: float) -> None:
-        """It waits until all have ended that use the model with another context. After some time
-        no more of them begin."""
-        memory, loaded = seat.memory, seat.loaded
-        if loaded is None or now - one.since < _PATIENCE_S or memory.wanted:
-            return
-        if loaded.differs(one.attempt.work) and memory.loading is None:
-            memory.reserve(loaded.key, [loaded])
-
-    def _reserve(self, one: Waiting, nodes: Sequence[Node], now: float) -> None:
-        """No node can have it. After some time one makes room: where that costs all that wait the
-        least, and those that wait for what has to go there no more than has been waited for this.
-        """
-        waited_s = now - one.since
-        if waited_s < _PATIENCE_S:
-            return
-        if any(self.scores.memory(node).wanted == node.runner(one.key) for node in nodes):
-            return
-        best, least = None, inf
-        for node in nodes:
-            memory, runner = self.scores.memory(node), node.runner(one.key)
-            if memory.wanted or memory.loading is not None or runner in memory.loaded:
-                continue
-            need = need_bytes(node, memory, one.key)
-            victims = memory.victims(runner, need, busy=True) or ()
-            own_s, others_s = self._room_s(one, node, victims, now)
-            if own_s + others_s < least and others_s <= waited_s * self._waiting(one.key):
-                best, least = (memory, runner, victims), own_s + others_s
-        if best is not None:
-            memory, runner, victims = best
-            memory.reserve(runner, victims)
-
-    def _room_s(
-        self, one: Waiting, node: Node, victims: Collection[Loaded], now: float
-    ) -> tuple[float, float]:
-        """What it costs to make room for a model there, in seconds of all who wait: for it, and for
-        what has to go, which is to be loaded again."""
-        cost, key, later = self.scores.costs.of, one.key, self._later(one, now)
-        ready_s = max((end for victim in victims for end in victim.ends(now)), default=0.0)
-        ready_s += cost(node, key).load_s
-        others_s = sum(
-            min(self.scores.waiting(node, victim), self._sooner(node, victim, one) + later)
-            * (ready_s + cost(node, victim.name).load_s)
-            for victim in victims
-        )
-        return self._waiting(key) * ready_s, others_s
-
-    def _later(self, one: Waiting, now: float) -> float:
-        """How many of those count whose turn comes later: there may be more of them all the time,
-        so in the end it waits for twice as long as the change costs one of them."""
-        waited_s = now - one.since
-        if waited_s < _LONG_S:
-            return inf
-        if waited_s >= _LAST_SHARE * (one.attempt.work.deadline - one.since):
-            return 0
-        return _LATER * self._waiting(one.key)
-
-    def _sooner(self, node: Node, victim: Loaded, one: Waiting) -> int:
-        """How many of those that wait for what has to go come before it in turn."""
-        names = node.names(victim.key) or (victim.name,)
-        return sum(self.queue.sooner(key, one) for key in names)
-
-    def _waiting(self, key: str) -> int:
-        return len(self.queue.by_key.get(key, ()))

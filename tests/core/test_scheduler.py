@@ -1330,6 +1330,8 @@ def test_it_tells_its_state_in_one_line() -> None:
     yard.ask("x2")
     assert repr(yard.pool._scheduler) == "<Scheduler 1 waiting>"
     assert repr(yard.pool._scheduler.scores) == "<Scores [<a up 1 in flight>]>"
+    assert repr(yard.pool._scheduler._shares) == "<Shares of 1 flows>"
+    assert repr(yard.pool._scheduler._room) == "<Room {}>"
 
 
 def test_what_did_not_begin_by_its_order_is_no_concern_of_it() -> None:

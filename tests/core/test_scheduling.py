@@ -297,7 +297,7 @@ class SchedulingMachine(RuleBasedStateMachine):
     def nobody_waits_for_what_is_gone(self) -> None:
         for one in self.pool._scheduler.queue:
             verdict = self.pool.registry.eligible_now(one.attempt, self.now)
-            if isinstance(verdict, Rejected) and self.pool._scheduler._may(one):
+            if isinstance(verdict, Rejected) and self.pool._scheduler._shares.may(one):
                 assert self.pool._hopes(verdict, self.now)
 
     @invariant()
@@ -316,7 +316,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         scheduler = self.pool._scheduler
         nodes = self.pool._nodes_of(self.now)(one.attempt)
         asked = [other.attempt.work for other in scheduler.queue.by_key[one.key]]
-        if not scheduler._may(one):
+        if not scheduler._shares.may(one):
             return
         for node in nodes:
             memory = scheduler.scores.memory(node)
