@@ -8,6 +8,7 @@ from router.core.usage import Usage
 from router.core.work import Work
 
 _CONTEXTS_MAX = 4096
+_ANEW = 16  # answers of a model, after which its node's pace is worked out anew
 
 # Of one request: tokens to read; whether these are cut, so that none of them is in a cache; tokens
 # to write.
@@ -32,8 +33,10 @@ class Costs:
     def learn(self, node: Node, key: str, flow: str, told: Usage) -> None:
         """Take what the final record of an answer told, after the node's rates have: that says
         something of models there, too, that have shown nothing yet."""
+        rates = node.replicas[key].rates
+        if not rates.learned or rates.answers % _ANEW == 0:
+            self._paces.pop(node, None)
         self._costs.pop(node, None)
-        self._paces.pop(node, None)
         if told.completion_tokens:
             self._lengths.learn(key, flow, told.completion_tokens)
 

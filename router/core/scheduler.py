@@ -77,10 +77,13 @@ class Scheduler:
         work, queue, scores = attempt.work, self.queue, self.scores
         flow, size = queue.flow(work.flow, work.weight, now), scores.costs.size(work, key)
         one = queue.come(attempt, key, flow, scores.asked(work, key, size, nodes, now), now)
-        scores.begin()
-        self._shares.begin()
-        if key in queue.by_key or not self._shares.may(one, flow.waiting + 1):
+        if key in queue.by_key:
             return one
+        scores.begin()
+        if len(queue.flows) > 1:
+            self._shares.begin()
+            if not self._shares.may(one, flow.waiting + 1):
+                return one
         best = scores.best(one, size, nodes, (), now)
         return self._grant(one, *best, now) if best is not None and best[1].now else one
 
@@ -88,7 +91,7 @@ class Scheduler:
         """Have a request wait, unless there is a node for it. Those that wait already have had
         their turn at the last event."""
         self.queue.push(one)
-        self.spared.clear()
+        self._begin()
         placed = self._give([one], nodes_of, now, self.queue.before(one, now))
         return placed[0] if placed else None
 
@@ -187,7 +190,8 @@ class Scheduler:
                 best[0].hold(best[1].service_s)
 
     def _ranked(self, one: Waiting, nodes: Sequence[Node], now: float) -> Sequence[Weighed]:
-        nodes = sorted(nodes, key=lambda node: node.in_flight)
+        resides = self.scores.resides
+        nodes = sorted(nodes, key=lambda node: (node.in_flight, not resides(node, one.key)))
         may, seat = self._shares.may(one), self.scores.seat
         found = [self._weighed(one, seat(node, one.key, now), now, may=may) for node in nodes]
         return sorted(found, key=lambda one: inf if one.total_s is None else one.total_s)

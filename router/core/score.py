@@ -124,6 +124,10 @@ class Scores:
         for pair in [pair for pair in self._seats if pair[0] is node]:
             del self._seats[pair]
 
+    def resides(self, node: Node, key: str) -> bool:
+        """Whether it has a model in memory, or on its way there."""
+        return node.runner(key) in self.memory(node).loaded
+
     def seat(self, node: Node, key: str, now: float) -> Seat:
         found = self._seats.get((node, key))
         if found is None:
@@ -221,27 +225,31 @@ class Scores:
     ) -> tuple[Seat, Delay] | None:
         """Where a request costs least, and what; None where no node can have it. Where it would
         have to be loaded is only looked at if that could be less."""
-        found, least = None, (inf, 0, 0)
-        seats, key = self._seats, one.key
-        todo = [(place, node, False) for place, node in enumerate(nodes) if node not in spared]
-        for place, node, last in todo:
-            seat = seats.get((node, key))
-            if seat is None:
-                memory, runner = self.memory(node), node.runner(key)
-                loaded = memory.loaded.get(runner)
-                if loaded is not None:
-                    seat = there(node, memory, loaded, self.costs.of(node, key), now)
-                    seats[node, key] = seat
-                elif not last:
-                    todo.append((place, node, True))  # after the others
+        found, least, flight = None, inf, 0
+        seats, costs, key = self._seats, self.costs, one.key
+        absent: list[Node] = []  # looked at after the others
+        for some in (nodes, absent):
+            for node in some:
+                if node in spared:
                     continue
-                elif _least_s(size, self.costs.of(node, key)) > least[0]:
-                    continue
-                else:
-                    seat = seats[node, key] = self._absent(node, runner, memory, key, now)
-            delay = self.delay(one, size, seat, now)
-            if delay is not None and (mine := (delay.total_s, node.in_flight, place)) < least:
-                found, least = (seat, delay), mine
+                seat = seats.get((node, key))
+                if seat is None:
+                    memory, runner = self.memory(node), node.runner(key)
+                    loaded = memory.loaded.get(runner)
+                    if loaded is not None:
+                        seat = seats[node, key] = there(
+                            node, memory, loaded, costs.of(node, key), now
+                        )
+                    elif some is nodes:
+                        absent.append(node)
+                        continue
+                    elif _least_s(size, costs.of(node, key)) > least:
+                        continue
+                    else:
+                        seat = seats[node, key] = self._absent(node, runner, memory, key, now)
+                delay = self.delay(one, size, seat, now)
+                if delay is not None and (delay.total_s, node.in_flight) < (least, flight):
+                    found, least, flight = (seat, delay), delay.total_s, node.in_flight
         return found
 
     def delay(self, one: Waiting, size: Size, seat: Seat, now: float) -> Delay | None:
