@@ -77,6 +77,7 @@ class Pool:
         self.registry = Registry(self._scheduler.learned)
         self.warm = Warm(self.registry, self._scheduler.scores)
         self._paid: set[Attempt] = set()  # of those that wait
+        self._adopted: set[Attempt] = set()  # at work since before their node had turns
         self._touched: set[Node] = set()  # where something has happened since they were looked at
         self._came: set[str] = set()  # models that somebody waits for since then
         self._again_at = 0.0
@@ -90,6 +91,7 @@ class Pool:
         self._topology = topology
         self.at_least = topology.num_ctx is NumCtx.AT_LEAST
         self._ground.rules = topology.resilience
+        before = {node for node in self.registry.all if node.schedules}
         self.registry.configure(topology, now)
         nodes, scores = self.registry.nodes.values(), self._scheduler.scores
         ways = [node.schedules for node in nodes]
@@ -98,11 +100,24 @@ class Pool:
         for node in nodes:
             if not node.schedules:
                 scores.lost(node)
-            elif node not in scores.memories and node.resident:
-                scores.see(node, now, 0.0)
+            elif node not in before:
+                self._adopt(node, now)
         scores.keep(self.registry.all)
         self.warm.configure(topology.warm)
         self._touched.clear()
+
+    def _adopt(self, node: Node, now: float) -> None:
+        """From now on requests wait for their turn there: what it has in memory, and what is at
+        work on that, is known at once."""
+        scores = self._scheduler.scores
+        if node.resident:
+            scores.see(node, now, 0.0)
+        for attempt, held in self._leases.items():
+            if (
+                held.node is node and not held.scheduled and attempt not in self.warm.preloads
+                and scores.adopt(attempt, node, held.key, now)
+            ):  # fmt: skip
+                self._adopted.add(attempt)
 
     # The lease of one attempt.
 
@@ -281,6 +296,10 @@ class Pool:
             self._touched.add(node)
         elif self.warm.preloads and attempt in self.warm.preloads:
             self.warm.ended(attempt, node, held.key, now, good=good)
+            self._touched.add(node)
+        elif attempt in self._adopted:
+            self._adopted.discard(attempt)
+            self._scheduler.scores.ended(attempt, node, now, good=good)
             self._touched.add(node)
         if held.paid:
             self._budget.give()

@@ -93,7 +93,7 @@ class Scores:
             self._waited.count(one.key, now, now - one.since)
 
     def ended(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
-        """A preload has ended."""
+        """A preload has ended, or what was adopted."""
         memory = self.memory(node)
         loaded = next((one for one in memory.loaded.values() if attempt in one.runs), None)
         if loaded is not None:
@@ -217,6 +217,15 @@ class Scores:
         need = need_bytes(node, memory, key)
         loaded = memory.load(node.runner(key), key, need, None, now + load_s, now)
         loaded.runs[attempt] = Run(now, load_s, 0.0)
+
+    def adopt(self, attempt: Attempt, node: Node, key: str, now: float) -> bool:
+        """A request is at work there that nobody has placed, and may end at any time. Says whether
+        it is on what is in memory."""
+        loaded = self.memory(node).loaded.get(node.runner(key))
+        if loaded is None:
+            return False
+        loaded.runs[attempt] = Run(now, 0.0, 0.0)
+        return True
 
     # What it costs.
 

@@ -56,6 +56,7 @@ class Deaths:
     scene: Scene
     killed: list[float] = field(default_factory=list)
     noticed_s: list[float] = field(default_factory=list)
+    idle: int = 0  # that had nothing to do, and were back before anybody asked them
     _waiting: dict[str, float] = field(default_factory=dict)
 
     @asynccontextmanager
@@ -76,6 +77,7 @@ class Deaths:
         await asyncio.sleep(max(0.0, started + seconds - time.monotonic()))
 
     async def _kill(self, node: Node) -> None:
+        busy = await self._at_work(node)
         now = time.monotonic()
         await node.kill()
         self.killed.append(now)
@@ -83,7 +85,14 @@ class Deaths:
         await asyncio.sleep(_BACK_AFTER_S)
         await node.start()
         if self._waiting.pop(node.name, None) is not None:
-            self.noticed_s.append(float("inf"))
+            if busy:
+                self.noticed_s.append(float("inf"))
+            else:
+                self.idle += 1
+
+    async def _at_work(self, node: Node) -> bool:
+        shown = (await self.scene.router.status())["nodes"]
+        return any(one["name"] == node.name and one["in_flight"] for one in shown)
 
     async def _watch(self) -> None:
         while True:
@@ -155,6 +164,7 @@ def _of_deaths(deaths: Deaths) -> Sequence[Figure]:
     middle = sorted(deaths.noticed_s)[len(deaths.noticed_s) // 2] if deaths.noticed_s else 0.0
     return [
         Figure("nodes killed", len(deaths.killed)),
+        Figure("of them idle, and back before a probe", deaths.idle),
         Figure("until the pool knew, s: median", round(middle, 3)),
         Figure("until the pool knew, s: worst", round(worst, 3), f"{_PROBE_S:g}", worst > _PROBE_S),
     ]

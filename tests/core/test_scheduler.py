@@ -1297,6 +1297,23 @@ def test_those_that_wait_are_served_when_the_policy_changes() -> None:
     assert yard.pool.waiting == 0
 
 
+def test_so_is_what_is_at_work_however_often_it_changes() -> None:
+    yard = Yard(policy=Policy.LEAST_IN_FLIGHT, a=Has("x", slots=2))
+    for turn in range(3):
+        yard.pool.reconfigure(yard.topology(Policy.LEAST_IN_FLIGHT), yard.now)
+        first, second, third, other = (f"{one}{turn}" for one in ("x1", "x2", "x3", "y1"))
+        assert yard.ask(first) == yard.ask(other) == "a only-node"
+        yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
+        assert yard.ask(second) == "a warm"
+        assert yard.ask(third)[:5] == "waits"
+        assert yard.pool.leave(yard.asked.pop(other), Outcome(), yard.now) == ()
+        assert yard.settle() == {}
+        assert yard.pool.leave(yard.asked.pop(first), Outcome(), yard.now) == ()
+        assert yard.settle() == {third: "a warm"}
+        assert yard.end(second) == yard.end(third) == {}
+        yard.settle(60)
+
+
 def test_what_is_loaded_is_known_as_soon_as_the_policy_changes() -> None:
     yard = Yard(Policy.LEAST_IN_FLIGHT, a=Has("y"), b=Has("x"))
     yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
@@ -1334,14 +1351,13 @@ def test_it_tells_its_state_in_one_line() -> None:
     assert repr(yard.pool._scheduler._room) == "<Room {}>"
 
 
-def test_what_did_not_begin_by_its_order_is_no_concern_of_it() -> None:
+def test_what_did_not_begin_by_its_order_has_its_slot_until_it_ends() -> None:
     yard = Yard(policy=Policy.LEAST_IN_FLIGHT, a=Has("x"))
     yard.ask("x1")
     yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
     yard.begin("x1")
-    assert yard.ask("x2") == "a warm", "it takes no slot"
-    yard.end("x1")
-    assert yard.settle() == {}
+    assert yard.ask("x2")[:5] == "waits"
+    assert yard.end("x1") == {"x2": "a warm"}
 
 
 def test_who_tells_nothing_teaches_nothing() -> None:
