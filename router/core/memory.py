@@ -12,7 +12,7 @@ from operator import attrgetter
 import msgspec
 
 from router.core.prefix import Prefixes
-from router.core.slots import Slots
+from router.core.slots import LINE, Slots
 from router.core.types import UNTOLD_BYTES, Model, NodeSpec
 from router.core.work import Work
 
@@ -127,7 +127,8 @@ class Memory:
     room is made for, and `leaving` what gets nothing new for that."""
 
     __slots__ = (
-        "_count_max", "_defaults", "_driven_out", "_limit_bytes", "_slots", "_told", "_vanished",
+        "_count_max", "_defaults", "_driven_out", "_limit_bytes", "_lines", "_slots", "_told",
+        "_vanished",
         "gpus", "growth", "leaving", "loaded", "loading", "loads", "sizes", "wanted",
     )  # fmt: skip
 
@@ -137,6 +138,7 @@ class Memory:
         self.sizes: dict[str, float] = {}  # of what was ever seen in it
         self.growth = 0.0  # how much larger models are in memory than on disk; 0 if not known
         self._slots: dict[str, Slots] = {}
+        self._lines = 0  # that there have been, each with numbers of its own
         self._defaults: dict[str, int] = {}  # contexts where nobody asks for one
         self._driven_out: set[str] = set()  # by what was loaded, as far as that can be told
         self._vanished: dict[str, int | None] = {}  # for nothing that is known, with their contexts
@@ -259,7 +261,8 @@ class Memory:
         """What is known of how many requests a model serves at once."""
         found = self._slots.get(key)
         if found is None:
-            found = self._slots[key] = Slots()
+            self._lines += 1
+            found = self._slots[key] = Slots(self._lines * LINE)
         return found
 
     def slots(self, key: str, spec: NodeSpec) -> int:

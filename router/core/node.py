@@ -191,7 +191,15 @@ class Node:
         found, digest = self.resident.get(key), self.digest(key)
         if found is not None or not digest:
             return found
-        return next((one for one in self.resident.values() if one.digest == digest), None)
+        return next((one for one in self._loaded.values() if one.digest == digest), None)
+
+    @property
+    def in_memory(self) -> Mapping[str, Model]:
+        """What it has in memory of what may be used, by what stands for it there. Its memory may
+        call it by a name that may not be used."""
+        named, usable = self._names, self.resident
+        loaded = self._loaded.items()
+        return {self.runs(one): one for key, one in loaded if key in usable or one.digest in named}
 
     # What traffic says.
 

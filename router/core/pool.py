@@ -110,11 +110,12 @@ class Pool:
         """From now on requests wait for their turn there: what it has in memory, and what is at
         work on that, is known at once."""
         scores = self._scheduler.scores
-        if node.resident:
+        if node.up:
             scores.see(node, now, 0.0)
+        known = self.warm.preloads | self._adopted
         for attempt, held in self._leases.items():
             if (
-                held.node is node and not held.scheduled and attempt not in self.warm.preloads
+                held.node is node and not held.scheduled and attempt not in known
                 and scores.adopt(attempt, node, held.key, now)
             ):  # fmt: skip
                 self._adopted.add(attempt)

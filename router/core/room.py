@@ -6,7 +6,7 @@ from math import inf
 from router.core.memory import Loaded
 from router.core.node import Node
 from router.core.queue import Queue, Waiting
-from router.core.score import Scores, need_bytes
+from router.core.score import Scores, name_of, need_bytes
 from router.core.seat import Seat
 
 _PATIENCE_S = 8.0  # then a node is made to make room
@@ -87,7 +87,7 @@ class Room:
         ready_s += cost(node, key).load_s
         others_s = sum(
             min(self._scores.waiting(node, victim), self._sooner(node, victim, one) + later)
-            * (ready_s + cost(node, victim.name).load_s)
+            * (ready_s + cost(node, name_of(node, victim)).load_s)
             for victim in victims
         )
         return self._waiting(key) * ready_s, others_s

@@ -62,7 +62,7 @@ class Scores:
         """Take what the node has in its memory."""
         memory = self.memory(node)
         self.costs.forget()
-        memory.see({node.runs(one): one for one in node.resident.values()}, now, wall)
+        memory.see(node.in_memory, now, wall)
         memory.keep(node.runners)
         contexts = [(one, one.num_ctx) for one in memory.loaded.values() if one.num_ctx]
         self.costs.see({key: ctx for one, ctx in contexts for key in _names(node, one)})
@@ -157,7 +157,7 @@ class Scores:
         if victims is None or memory.wanted == runner:
             return victims
         for one in victims:
-            stays_s = _SETTLED_LOADS * self.costs.of(node, one.name).load_s
+            stays_s = _SETTLED_LOADS * self.costs.of(node, name_of(node, one)).load_s
             new = now - one.since < stays_s
             if self.waiting(node, one) or (new and not self._at_rest(key)):
                 return None
@@ -175,7 +175,7 @@ class Scores:
         rate = sum(self._demand.rate(key, now) for key in _names(node, victim))
         again = 1.0 if copies < self._kept(node, victim) else 1 - exp(-rate * _SOON_S)
         price = _COPIES / copies if copies else _ONLY_COPY
-        return again * self.costs.of(node, victim.name).load_s * price
+        return again * self.costs.of(node, name_of(node, victim)).load_s * price
 
     def _copies(self, node: Node, one: Loaded) -> int:
         """How many other nodes have it in memory."""
@@ -319,3 +319,8 @@ def need_bytes(node: Node, memory: Memory, key: str) -> float:
 def _names(node: Node, one: Loaded) -> Sequence[str]:
     """What requests may call a model in memory by."""
     return node.names(one.key) or (one.name,)
+
+
+def name_of(node: Node, one: Loaded) -> str:
+    """One name of a model in memory, that the node still lists it by if it does at all."""
+    return one.name if one.name in node.present else _names(node, one)[0]

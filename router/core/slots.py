@@ -23,17 +23,18 @@ _UNTOLD = 4  # trials tell nothing; while it rises, for each that is there
 _PART = 1 / 16  # of what is new in a mean
 _MOST = 64
 _ENDS_MAX = 4 * _MOST
+LINE = 1 << 32  # more places than any line has
 
 
 class Slots:
-    """What was learned. `sure`: so many are served at once."""
+    """What was learned. `sure`: so many are served at once. Places are numbered from `first` on."""
 
     __slots__ = (
-        "_again_s", "_bad", "_ended", "_ends", "_enough", "_good", "_late", "_least_s", "_next",
-        "_rises", "_service_s", "_trial", "_untold", "_width", "sure",
+        "_again_s", "_bad", "_ended", "_ends", "_enough", "_first", "_good", "_late", "_least_s",
+        "_next", "_rises", "_service_s", "_trial", "_untold", "_width", "sure",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         self.sure = 1
         self._rises = True  # as far as is known there are more; else one is tried at a time
         self._width = 1  # so many are tried at once while it rises; 0: one has waited
@@ -45,7 +46,7 @@ class Slots:
         self._enough = _ENOUGH
         self._next = 0.0
         self._again_s = 0.0  # 0: as at first
-        self._ended = 0
+        self._first = self._ended = first
         self._ends: deque[float] = deque(maxlen=_ENDS_MAX)  # when the last of them did
         self._service_s = 0.0  # what an answer takes that has a slot
         self._least_s = inf  # what every one takes before, with nobody to wait for
@@ -89,7 +90,10 @@ class Slots:
 
     def learn(self, place: int, waited_s: float, total_s: float, now: float) -> None:
         """Take how long a request has waited on the node that has ended now, of all the time that
-        it was there with the model loaded."""
+        it was there with the model loaded. Its place may be one in another model's line: its name
+        stood for that when it came."""
+        if not 0 <= place - self._first < LINE:
+            return
         slack_s = self._slack_s(total_s - waited_s)
         self._least_s = least_s = min(self._least_s, waited_s)
         start, ends = now - total_s + waited_s, self._ends

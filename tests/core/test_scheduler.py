@@ -1320,6 +1320,66 @@ def test_what_is_loaded_is_known_as_soon_as_the_policy_changes() -> None:
     assert yard.ask("x") == "b warm"
 
 
+def test_what_a_node_had_before_it_went_down_is_not_known_when_the_policy_changes() -> None:
+    yard = Yard(Policy.LEAST_IN_FLIGHT, a=Has("x"))
+    yard.pool.observe(url("a"), Observation(Sign.REFUSED), yard.now)
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
+    yard.pool.observe(url("a"), Observation(Sign.GOOD), yard.now)
+    assert yard.ask("x") == "a load"
+
+
+def test_who_is_at_work_through_several_changes_of_the_policy_has_one_slot() -> None:
+    yard = Yard(Policy.LEAST_IN_FLIGHT, a=Has("x", digest="old"))
+    yard.ask("x1")
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
+    yard.pool.reconfigure(yard.topology(Policy.LEAST_IN_FLIGHT), yard.now)
+    yard.pool.observe(url("a"), Observation(present=models(ALL, "new")), yard.now)
+    yard.pool.reconfigure(yard.topology(Policy.EXPECTED_DELAY), yard.now)
+    yard.end("x1")
+    yard.look("a", "x")
+    assert yard.ask("x2") == "a warm"
+
+
+def test_what_is_in_memory_by_a_name_that_may_not_be_used_is_there_by_another_of_it() -> None:
+    yard = Yard(a=Has(same="xy"), b=Has())
+    topology = yard.topology(Policy.EXPECTED_DELAY)
+    [pool] = topology.pools
+    nodes = tuple(replace(node, models=("!y", "*")) for node in pool.nodes)
+    yard.pool.reconfigure(replace(topology, pools=(replace(pool, nodes=nodes),)), yard.now)
+    yard.look("a", "yz")
+    assert yard.ask("x") == "a warm"
+    node = yard.pool.registry.nodes[url("a")]
+    assert node.resides("x:latest")
+    assert [*node.resident] == ["z:latest"]
+
+
+def test_what_is_driven_out_costs_the_same_when_the_name_that_loaded_it_is_gone() -> None:
+    yard = Yard(a=Has("y", gpus=(4,), same="yz"))
+    yard.demand("z", 50)
+    before = yard.terms("x")
+    present = models("uvwxz", same="z")
+    yard.pool.observe(url("a"), Observation(present=present), yard.now)
+    yard.look("a", "y")
+    assert yard.terms("x") == before != {"a": terms(0, PRICE_S, 0.3)}
+
+
+def test_answers_of_the_model_that_had_the_name_before_tell_nothing_of_its_slots() -> None:
+    yard = Yard(a=Has("x", auto=True, digest="old"))
+    node = yard.pool.registry.nodes[url("a")]
+    slots = yard.pool._scheduler.scores.memory(node).learned("old")
+    slots.sure = 8
+    for i in range(8):
+        yard.ask(f"x{i}")
+    leases = [*yard.leases.values()]
+    yard.pool.observe(url("a"), Observation(present=models(ALL, "new")), yard.now)
+    yard.now += 1.0
+    for i, lease in enumerate(leases):
+        yard.end(f"x{i}")
+        told = Usage(0, 100, eval_s=1.0, prompt_s=0.0, total_s=1.0)
+        yard.pool.learn(url("a"), "x:latest", told, "", lease.place, yard.now)
+    assert yard.pool._scheduler.learned(node)["x:latest"] == 1
+
+
 def test_slots_are_learned_where_none_are_configured() -> None:
     yard = Yard(a=Has("x", auto=True))
     for i in range(40):

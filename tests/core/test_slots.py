@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.slots import Slots
+from router.core.slots import LINE, Slots
 
 SEEDS = range(10)
 PARALLEL = [1, 2, 3, 4, 6, 8, 12, 16]
@@ -447,6 +447,15 @@ def test_a_request_counts_once() -> None:
     slots.ended(place, 5.0)
     slots.learn(place, 0.0, 5.0, 5.0)
     assert slots.sure == 1
+
+
+def test_places_in_another_line_tell_nothing() -> None:
+    slots, other = Slots(LINE), Slots(2 * LINE)
+    for at in range(9):
+        place = other.lease(at, 0.0)
+        slots.learn(place, 0.0, 1.0, 1.0)
+        other.learn(slots.lease(at, 0.0), 0.0, 1.0, 1.0)
+    assert slots.sure == other.sure == 1
 
 
 def test_of_too_many_ends_none_is_known_to_be_the_first() -> None:
