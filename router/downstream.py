@@ -218,7 +218,7 @@ class Connection(web.RequestHandler):
         to resume, and aiohttp's parser need not be run for that."""
         if self._reading_paused:
             super().resume_reading(resume_parser)
-        else:
+        elif self._current_request is not None:
             self._head_ends()
 
     def _weigh(self, content: aiohttp.StreamReader, received: int) -> None:

@@ -92,12 +92,12 @@ class Queue:
 
     def flow(self, name: str, weight: float, now: float) -> Flow:
         """A flow by its name. Those that have not been here for long are forgotten."""
+        if now >= self._sweep_at or len(self.flows) > _FLOWS_MAX:
+            self._forget(now)
         found = self.flows.get(name)
         if found is None:
             found = self.flows[name] = Flow(name, finish=self._virtual)
         found.active, found.weight = now, weight
-        if now >= self._sweep_at or len(self.flows) > _FLOWS_MAX:
-            self._forget(now)
         return found
 
     def since(self, attempt: Attempt, now: float) -> float:
@@ -184,11 +184,9 @@ class Queue:
         """Whether any of its flow waits for its model."""
         return one.flow in self._sharing.get(one.key, ())
 
-    def part(self, one: Waiting) -> float:
-        """Which part of its model's slots is its flow's, if all flows that wait for that had
-        theirs."""
-        own, sharing = one.flow, self._sharing.get(one.key, ())
-        return own.weight / (own.weight + sum(f.weight for f in sharing if f is not own))
+    def weight(self, key: str) -> float:
+        """That of all flows together that wait for a model."""
+        return sum([flow.weight for flow in self._sharing.get(key, ())])
 
     def leave(self, attempt: Attempt) -> None:
         """It waits no longer, and has got nothing: its flow is not charged for it. Yet none that

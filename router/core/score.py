@@ -200,6 +200,9 @@ class Scores:
         """What it costs to load a model there that nobody waits for; None where it must not be
         now: those that wait go first, and what is kept there stays."""
         memory = self.memory(node)
+        loaded = memory.loaded.get(node.runner(key))
+        if loaded is not None and loaded.runs:
+            return None  # it works there already, by another name
         waiting = (one for one in self._queued if one in node.present)
         if any(node.runner(one) not in memory.loaded for one in waiting):
             return None

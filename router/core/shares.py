@@ -12,12 +12,13 @@ _BACKLOG = 4  # a flow that has more of them waiting would take each slot that g
 class Shares:
     """Who has its share already. What it counts is counted once in a pass."""
 
-    __slots__ = ("_all", "_counts", "_queue", "_scores")
+    __slots__ = ("_all", "_counts", "_queue", "_scores", "_weights")
 
     def __init__(self, queue: Queue, scores: Scores) -> None:
         self._queue = queue
         self._scores = scores
         self._counts: dict[str, tuple[int, int]] = {}  # slots: empty ones and all, by model
+        self._weights: dict[str, float] = {}  # of flows that wait, by model
         self._all = -1  # slots of all models
 
     def __repr__(self) -> str:
@@ -27,6 +28,7 @@ class Shares:
         """Count anew."""
         if self._counts or self._all >= 0:
             self._counts.clear()
+            self._weights.clear()
             self._all = -1
 
     def _count(self, key: str) -> tuple[int, int]:
@@ -80,7 +82,12 @@ class Shares:
     def part(self, one: Waiting, slots: int) -> int:
         """How many of a model's slots a flow with a backlog may have: as many as the others that
         wait for it, and never more than its share."""
-        return max(1, min(int(self._share * slots), ceil(self._queue.part(one) * slots)))
+        own, key, queue = one.flow.weight, one.key, self._queue
+        all_ = self._weights.get(key)
+        if all_ is None:
+            all_ = self._weights[key] = queue.weight(key)
+        part = own / (all_ if queue.shares(one) else all_ + own)
+        return max(1, min(int(self._share * slots), ceil(part * slots)))
 
     @property
     def _share(self) -> float:

@@ -466,6 +466,13 @@ def test_they_share_a_load_and_what_is_read() -> None:
     assert yard.settle() == {"v1": "a cached"}
 
 
+def test_what_is_loaded_by_one_name_is_not_loaded_for_nobody_by_another() -> None:
+    yard = Yard(a=Has(same="uv"))
+    yard.ask("u1")
+    node = yard.pool.registry.nodes[url("a")]
+    assert yard.pool._scheduler.scores.preload_s(node, "v:latest", yard.now) is None
+
+
 def test_what_is_waited_for_by_another_name_is_not_driven_out() -> None:
     yard = Yard(a=Has("uz", same="uv", gpus=(8,)))
     yard.ask("u1")

@@ -572,6 +572,12 @@ class Farm:
             seen = Observation(Sign.GOOD, "", present, found, wall=WALL + self.now)
             self.pool.observe(url(name), seen, self.now)
 
+    def holds(self, name: str) -> int:
+        """How many models a node is thought to hold: three fit, but what went early by chance may
+        have taught that fewer do."""
+        memory = self.pool._scheduler.scores.memories.get(self.pool.registry.nodes[url(name)])
+        return 3 if memory is None else min(3, memory._count_max)
+
     def begin(self, attempt: Attempt, name: str, job: Job) -> None:
         self.jobs[attempt] = (name, job)
         assert self.nodes[name].submit(job, self.now)
@@ -648,6 +654,7 @@ def test_it_comes_to_what_is_wanted_and_never_at_the_price_of_what_works(
     for kept in farm.pool.warm.kept():
         assert len(kept.nodes) <= kept.wanted
         if len(kept.nodes) < min(kept.wanted, 3):  # then the others are full of what is kept
-            others = [node for name, node in farm.nodes.items() if name not in kept.nodes]
-            there = [[one.model.name for one in node.resident(farm.now)] for node in others]
-            assert all(len(found) == 3 and farm.wanted.keys() >= {*found} for found in there)
+            for name in farm.nodes.keys() - {*kept.nodes}:
+                there = [one.model.name for one in farm.nodes[name].resident(farm.now)]
+                assert len(there) >= farm.holds(name)
+                assert farm.wanted.keys() >= {*there}
