@@ -17,15 +17,13 @@ class Demand:
 
     def count(self, key: str, now: float, amount: float = 1.0) -> None:
         """So much more of it for this model: one request, say."""
-        seen = self._seen.pop(key, None)  # the one that was asked for longest ago is the first
-        if seen is None:
-            self._seen[key] = amount, now
-            if len(self._seen) > _MODELS_MAX:
-                del self._seen[next(iter(self._seen))]
-        elif now - seen[1] < _AT_ONCE_S:
-            self._seen[key] = seen[0] + amount, seen[1]
-        else:
-            self._seen[key] = amount + seen[0] * exp((seen[1] - now) / _FORGOTTEN_S), now
+        before, at = self._seen.get(key, (0.0, now))
+        if now - at >= _AT_ONCE_S:
+            before, at = self.total(key, now), now
+        self._seen.pop(key, None)  # the one that was asked for longest ago is the first
+        self._seen[key] = before + amount, at
+        if len(self._seen) > _MODELS_MAX:
+            del self._seen[next(iter(self._seen))]
 
     def total(self, key: str, now: float) -> float:
         """How much there has been, with what is five minutes ago counting as a third."""

@@ -128,8 +128,7 @@ class Memory:
 
     __slots__ = (
         "_count_max", "_defaults", "_driven_out", "_limit_bytes", "_lines", "_slots", "_told",
-        "_vanished",
-        "gpus", "growth", "leaving", "loaded", "loading", "loads", "sizes", "wanted",
+        "_vanished", "gpus", "growth", "leaving", "loaded", "loading", "loads", "sizes", "wanted",
     )  # fmt: skip
 
     def __init__(self, gpus: Collection[int]) -> None:
@@ -330,8 +329,7 @@ class Memory:
 
     def began(self, one: Loaded, work: Work, now: float) -> None:
         """An answer of it begins, and with that it has been loaded."""
-        if one.ready is not None:
-            self.ready(one, now)
+        self.ready(one, now)
         if work.num_ctx is None and not (work.at_least and one.context):
             one.plain = True
 

@@ -125,11 +125,8 @@ class Registry:
     def eligible_now(self, attempt: Attempt, now: float) -> Eligible | Rejected:
         """The nodes that one attempt may be given now."""
         target, model = attempt.target, attempt.target.model
-        plain = model is not None and not (
-            model.cloud or target.pin or target.bounds or attempt.tried or attempt.digest
-            or attempt.met
-        )  # fmt: skip
-        if plain and model is not None:
+        limits = target.pin or target.bounds or attempt.tried or attempt.digest or attempt.met
+        if model is not None and not model.cloud and not limits:
             return self._usual(target, model.key, now)
         pools: Sequence[Sequence[Node]] = self.pools
         if attempt.digest and target.model is not None:
@@ -146,12 +143,8 @@ class Registry:
         if self._known_at != self.revision:
             self._known, self._known_at = {}, self.revision
         known = self._known.get(key)
-        if known is not None:
-            for node in known.nodes:
-                if node.troubled:
-                    break
-            else:
-                return known
+        if known is not None and not any(node.troubled for node in known.nodes):
+            return known
         found = policy.eligible(self.pools, target, (), self._resilience, now)
         calm = not any(node.troubled for node in self.nodes.values())
         if calm and isinstance(found, Eligible) and found.then is None:

@@ -6,7 +6,7 @@ from math import inf
 from router.core.memory import Loaded
 from router.core.node import Node
 from router.core.queue import Queue, Waiting
-from router.core.score import Scores, name_of, need_bytes
+from router.core.score import Scores, name_of, names_of, need_bytes
 from router.core.seat import Seat
 
 _PATIENCE_S = 8.0  # then a node is made to make room
@@ -104,8 +104,7 @@ class Room:
 
     def _sooner(self, node: Node, victim: Loaded, one: Waiting) -> int:
         """How many of those that wait for what has to go come before it in turn."""
-        names = node.names(victim.key) or (victim.name,)
-        return sum(self._queue.sooner(key, one) for key in names)
+        return sum(self._queue.sooner(key, one) for key in names_of(node, victim))
 
     def _waiting(self, key: str) -> int:
         return len(self._queue.by_key.get(key, ()))

@@ -144,13 +144,11 @@ class Scheduler:
 
     def leave(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
         """A request that had a node has ended."""
-        went, memory = self._went.pop(attempt), self.scores.memories[node]
+        went = self._went.pop(attempt)
         self.queue.ended(went.one, now)
         if self._barred and went.one.flow in self._barred:
             self.unbarred = True
-        memory.end(went.loaded, attempt, now, good=good)
-        if not (node.up and node.schedules):
-            memory.forget()
+        self.scores.ended(attempt, node, now, good=good, loaded=went.loaded)
 
     def let_go(self, one: Waiting) -> None:
         """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
@@ -281,10 +279,8 @@ class Scheduler:
             load_s = one.load_s = seat.cost.load_s
             loaded = self.scores.load(seat, one, now)
             self._shares.begin()
-        elif seat.heap is None:
-            seat.free -= 1
         else:
-            seat.take(delay.service_s)
+            seat.take(delay)
         place, first_s = 0, load_s + delay.first_s
         if node.spec.auto:
             place = seat.memory.learned(seat.runner).lease(len(loaded.runs), now)

@@ -65,7 +65,7 @@ class Scores:
         memory.see(node.in_memory, now, wall)
         memory.keep(node.runners)
         contexts = [(one, one.num_ctx) for one in memory.loaded.values() if one.num_ctx]
-        self.costs.see({key: ctx for one, ctx in contexts for key in _names(node, one)})
+        self.costs.see({key: ctx for one, ctx in contexts for key in names_of(node, one)})
         grown = [
             size / disk for runner, size in memory.sizes.items()
             for key in node.names(runner)[:1] if (disk := node.size(key))
@@ -92,10 +92,14 @@ class Scores:
         else:
             self._waited.count(one.key, now, now - one.since)
 
-    def ended(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
-        """A preload has ended, or what was adopted."""
+    def ended(
+        self, attempt: Attempt, node: Node, now: float, *, good: bool, loaded: Loaded | None = None
+    ) -> None:
+        """What was at work there has ended: a request on `loaded`, or else a preload or what was
+        adopted, wherever it is."""
         memory = self.memory(node)
-        loaded = next((one for one in memory.loaded.values() if attempt in one.runs), None)
+        if loaded is None:
+            loaded = next((one for one in memory.loaded.values() if attempt in one.runs), None)
         if loaded is not None:
             memory.end(loaded, attempt, now, good=good)
         if not (node.up and node.schedules):
@@ -172,14 +176,14 @@ class Scores:
     def _loss_s(self, node: Node, victim: Loaded, now: float) -> float:
         """What it costs others that a model is driven out here."""
         copies = self._copies(node, victim)
-        rate = sum(self._demand.rate(key, now) for key in _names(node, victim))
+        rate = sum(self._demand.rate(key, now) for key in names_of(node, victim))
         again = 1.0 if copies < self._kept(node, victim) else 1 - exp(-rate * _SOON_S)
         price = _COPIES / copies if copies else _ONLY_COPY
         return again * self.costs.of(node, name_of(node, victim)).load_s * price
 
     def _copies(self, node: Node, one: Loaded) -> int:
         """How many other nodes have it in memory."""
-        names = _names(node, one)
+        names = names_of(node, one)
         return sum(
             1 for other, memory in self.memories.items()
             if other is not node and any(other.runner(key) in memory.loaded for key in names)
@@ -187,12 +191,12 @@ class Scores:
 
     def _kept(self, node: Node, one: Loaded) -> int:
         """How many nodes are to keep it in memory."""
-        return max(self.warm.get(key, 0) for key in _names(node, one)) if self.warm else 0
+        return max(self.warm.get(key, 0) for key in names_of(node, one)) if self.warm else 0
 
     def waiting(self, node: Node, one: Loaded) -> int:
         """How many wait for what this node has in memory."""
         queued = self._queued
-        return sum(len(queued[key]) for key in _names(node, one) if key in queued)
+        return sum(len(queued[key]) for key in names_of(node, one) if key in queued)
 
     # What is kept in memory.
 
@@ -239,8 +243,8 @@ class Scores:
         have to be loaded is only looked at if that could be less."""
         found, least, flight = None, inf, 0
         seats, costs, key = self._seats, self.costs, one.key
-        absent: list[Node] = []  # looked at after the others
-        for some in (nodes, absent):
+        cold: list[Node] = []  # looked at after the others
+        for some in (nodes, cold):
             for node in some:
                 if node in spared:
                     continue
@@ -253,7 +257,7 @@ class Scores:
                             node, memory, loaded, costs.of(node, key), now
                         )
                     elif some is nodes:
-                        absent.append(node)
+                        cold.append(node)
                         continue
                     elif _least_s(size, costs.of(node, key)) > least:
                         continue
@@ -319,11 +323,11 @@ def need_bytes(node: Node, memory: Memory, key: str) -> float:
     return memory.need_bytes(node.runner(key), node.size(key))
 
 
-def _names(node: Node, one: Loaded) -> Sequence[str]:
+def names_of(node: Node, one: Loaded) -> Sequence[str]:
     """What requests may call a model in memory by."""
     return node.names(one.key) or (one.name,)
 
 
 def name_of(node: Node, one: Loaded) -> str:
     """One name of a model in memory, that the node still lists it by if it does at all."""
-    return one.name if one.name in node.present else _names(node, one)[0]
+    return one.name if one.name in node.present else names_of(node, one)[0]

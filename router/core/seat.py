@@ -91,9 +91,10 @@ class Seat(msgspec.Struct, eq=False):
         heapreplace(ends, max(ends[0], 0.0) + service_s)
         self.free = max(0, self.free - 1)
 
-    def take(self, service_s: float) -> None:
+    def take(self, delay: Delay) -> None:
         """One more is at work there."""
-        heapreplace(self.ends, max(service_s, _RUNNING_S))
+        if self.heap is not None:
+            heapreplace(self.heap, max(delay.service_s, _RUNNING_S))
         self.free -= 1
 
 

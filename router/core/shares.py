@@ -26,10 +26,9 @@ class Shares:
 
     def begin(self) -> None:
         """Count anew."""
-        if self._counts or self._all >= 0:
-            self._counts.clear()
-            self._weights.clear()
-            self._all = -1
+        self._counts.clear()
+        self._weights.clear()
+        self._all = -1
 
     def _count(self, key: str) -> tuple[int, int]:
         """How many slots nodes without anything in memory would have for a model, and how many it
