@@ -23,6 +23,22 @@ class Listener:
     sock: socket.socket
 
 
+async def close(*servers: asyncio.Server) -> None:
+    """Accept no more; what was accepted has its protocol when this returns.
+
+    asyncio drops a connection whose server is closed between its accept and its task.
+    """
+    loop = asyncio.get_running_loop()
+    for server in servers:
+        for sock in server.sockets:
+            loop.remove_reader(sock.fileno())
+    for _ in range(2):
+        await asyncio.sleep(0)
+    for server in servers:
+        server.close()
+    await asyncio.sleep(0)
+
+
 @dataclass(slots=True)
 class Listeners:
     """All listeners of one server. `bound` is told each address, with its port.
@@ -68,17 +84,8 @@ class Listeners:
 
         A socket that another process has as well keeps what it has queued.
         """
-        loop = asyncio.get_running_loop()
         stopped, self._open, self._held = self._open, [], []
-        for _, server in stopped:
-            # asyncio drops a connection that is closed upon between its accept and its task.
-            for sock in server.sockets:
-                loop.remove_reader(sock.fileno())
-        for _ in range(2):
-            await asyncio.sleep(0)
-        for _, server in stopped:
-            server.close()
-        await asyncio.sleep(0)
+        await close(*(server for _, server in stopped))
 
     @property
     def addresses(self) -> list[tuple[str, int]]:

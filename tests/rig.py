@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from router import config, log
+from router import config, listeners, log
 from router.admin import ReloadResult
 from router.app import App
 from router.settings import Config
@@ -213,7 +213,7 @@ async def scripted(script: Script, probed: Mapping[bytes, Any] = _PROBED) -> Asy
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
-        server.close()
+        await listeners.close(server)
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)

@@ -8,6 +8,7 @@ from typing import Self
 
 from aiohttp import web
 
+from router.listeners import close
 from router.sim import audio, guard
 from router.sim.account import Account
 from router.sim.control import PREFIX, Control
@@ -52,12 +53,12 @@ class SimNode:
         self._change = asyncio.Event()
         self._comeback: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
-        self._site: web.TCPSite | None = None
+        self._listening: asyncio.Server | None = None
         self._machine: Machine | None = None
 
     def __repr__(self) -> str:
         """State in one line."""
-        state = "up" if self._site else "refusing" if self._runner else "stopped"
+        state = "up" if self._listening else "refusing" if self._runner else "stopped"
         return f"<SimNode {self.url} {state} in_flight={self.in_flight} faults={len(self.faults)}>"
 
     @property
@@ -141,20 +142,20 @@ class SimNode:
 
     async def refuse(self, *, keep: web.Request | None = None) -> None:
         """Close the listening socket and break every connection but that of `keep`."""
-        if self._site is not None:
-            await self._site.stop()
-            self._site = None
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            await close(listening)
         self.drop_connections(keep=keep)
         self._changed()
 
     async def accept(self) -> None:
         """Listen again, on the same port."""
-        if self._site is not None or self._runner is None:
+        server = self._runner.server if self._runner is not None else None
+        if self._listening is not None or server is None:
             return
-        site = web.TCPSite(self._runner, self.host, self.port, backlog=1024)
-        await site.start()
-        self._site = site
-        self.port = site.port
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_server(server, self.host, self.port, backlog=1024)
+        self.port = self._listening.sockets[0].getsockname()[1]
         self._changed()
 
     def drop_connections(self, *, keep: web.Request | None = None) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from router import listeners
 from tests.chaos.fleet import Node, listening
 
 _PIECE_BYTES = 65536
@@ -44,7 +45,8 @@ class _Wire:
     cut: Cut | None = None
 
     def break_off(self, *, reset: bool) -> None:
-        if reset and (sock := self.near.get_extra_info("socket")) is not None:
+        sock = self.near.get_extra_info("socket")
+        if reset and sock is not None and sock.fileno() >= 0:  # not closed yet
             with socket.socket(fileno=os.dup(sock.fileno())) as twin:  # uvloop guards its own
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for writer in (self.near, self.far):
@@ -103,8 +105,9 @@ class Link:
             await self._wait()
             if wire.near.is_closing() or wire.far.is_closing():
                 break
-            if data.startswith(b"POST "):
-                wire.passed, wire.cut = 0, self.cuts.popleft() if self.cuts else None
+            if data.startswith((b"POST ", b"GET ")):  # a probe is not cut in its stead
+                asks = bool(self.cuts) and data.startswith(b"POST ")
+                wire.passed, wire.cut = 0, self.cuts.popleft() if asks else None
             if self.mode is Mode.GARBAGE:
                 wire.near.write(_GARBAGE)
                 break
@@ -149,8 +152,7 @@ async def linked(node: Node, *, doors: int = 1) -> AsyncIterator[Link]:
     try:
         yield link
     finally:
-        for server in servers:
-            server.close()
+        await listeners.close(*servers)
         link.close()
         for server in servers:
             await server.wait_closed()

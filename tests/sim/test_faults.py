@@ -1,7 +1,9 @@
 """A node that misbehaves on command."""
 
 import asyncio
+import gc
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -255,6 +257,18 @@ async def test_refusing_node_comes_back_on_its_port(node: SimNode, web: ClientSe
     await node.accept()
     async with ClientSession(node.url) as fresh:
         assert await status(fresh) == 200
+
+
+async def test_what_comes_as_it_begins_to_refuse_is_broken_and_not_lost_sight_of(
+    node: SimNode,
+) -> None:
+    with socket.create_connection(("127.0.0.1", node.port)) as client:
+        for _ in range(2):  # asyncio has accepted, and has no transport yet
+            await asyncio.sleep(0)
+        await node.refuse()
+        gc.collect()  # what is lost sight of warns, and that is an error
+        client.setblocking(False)
+        assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
 
 
 @pytest.fixture
