@@ -81,18 +81,18 @@ class Breaker:
     after, says nothing of the time since.
     """
 
-    __slots__ = ("_at", "_closed_at", "_run", "back_off", "reason", "state")
+    __slots__ = ("_at", "_closed_at", "back_off", "reason", "run", "state")
 
     def __init__(self) -> None:
         self.state = _CLOSED
         self.back_off = BackOff()
         self.reason = ""
-        self._run = 0
+        self.run = 0
         self._at = 0
         self._closed_at = 0.0
 
     def __repr__(self) -> str:
-        return f"<Breaker {self.state} {self._run} bad in a row>"
+        return f"<Breaker {self.state} {self.run} bad in a row>"
 
     def lets(self, now: float) -> bool:
         """Whether a request may go there: always while closed, one for trial when it is time, and
@@ -110,9 +110,9 @@ class Breaker:
 
     def good(self, turn: int, now: float) -> None:
         if self.state is _CLOSED:
-            self._run = 0
+            self.run = 0
         elif turn > self._at:
-            self.state, self._run, self._closed_at = TRANSITIONS[self.state, Sign.GOOD], 0, now
+            self.state, self.run, self._closed_at = TRANSITIONS[self.state, Sign.GOOD], 0, now
 
     def untold(self, turn: int, now: float) -> None:
         """The trial told nothing: the next request is one."""
@@ -126,18 +126,18 @@ class Breaker:
 
     def bad(self, limit: int) -> bool:
         """Count a failure that is not stale; says whether it is enough to open."""
-        self._run += 1
-        return self.state is _TRIAL or (self.state is _CLOSED and self._run >= limit)
+        self.run += 1
+        return self.state is _TRIAL or (self.state is _CLOSED and self.run >= limit)
 
     def forgive(self) -> None:
         """The last failure that was counted was none."""
-        self._run = max(0, self._run - 1)
+        self.run = max(0, self.run - 1)
 
     def open(self, reason: str, ground: Ground, now: float) -> None:
         """Keep away. What failed long ago is forgotten."""
         if self.state is _CLOSED and now - self._closed_at > ground.rules.back_off_max_s:
             self.back_off.times = 0
-        self.state, self._at, self._run = TRANSITIONS[self.state, Sign.BAD], ground.turn, 0
+        self.state, self._at, self.run = TRANSITIONS[self.state, Sign.BAD], ground.turn, 0
         self.reason = reason
         self.back_off.grow(ground, now)
 

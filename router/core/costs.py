@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from router.core.estimate import Cost, Lengths, cost, guess, pace
+from router.core.estimate import Cost, Lengths, cost, guess, learned, pace
 from router.core.node import Node
 from router.core.usage import Usage
 from router.core.work import Work
@@ -33,10 +33,13 @@ class Costs:
     def learn(self, node: Node, key: str, flow: str, told: Usage) -> None:
         """Take what the final record of an answer told, after the node's rates have: that says
         something of models there, too, that have shown nothing yet."""
-        rates = node.replicas[key].rates
-        if not rates.learned or rates.answers % _ANEW == 0:
+        rates, costs = node.replicas[key].rates, self._costs.get(node)
+        if rates.answers % _ANEW == 0 or not rates.learned:
             self._paces.pop(node, None)
-        self._costs.pop(node, None)
+            self._costs.pop(node, None)
+        elif costs is not None and key in costs:
+            load_s = costs[key].load_s if rates.load_s is None else rates.load_s
+            costs[key] = learned(load_s, rates)
         if told.completion_tokens:
             self._lengths.learn(key, flow, told.completion_tokens)
 

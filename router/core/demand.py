@@ -17,13 +17,13 @@ class Demand:
 
     def count(self, key: str, now: float, amount: float = 1.0) -> None:
         """So much more of it for this model: one request, say."""
-        before, at = self._seen.get(key, (0.0, now))
+        seen = self._seen
+        before, at = seen.pop(key, (0.0, now))  # the one that was asked for longest ago is first
         if now - at >= _AT_ONCE_S:
-            before, at = self.total(key, now), now
-        self._seen.pop(key, None)  # the one that was asked for longest ago is the first
-        self._seen[key] = before + amount, at
-        if len(self._seen) > _MODELS_MAX:
-            del self._seen[next(iter(self._seen))]
+            before, at = before * exp((at - now) / _FORGOTTEN_S), now
+        seen[key] = before + amount, at
+        if len(seen) > _MODELS_MAX:
+            del seen[next(iter(seen))]
 
     def total(self, key: str, now: float) -> float:
         """How much there has been, with what is five minutes ago counting as a third."""

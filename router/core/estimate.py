@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from math import exp, log
-from typing import TypeVar
 
 import msgspec
 
@@ -17,8 +16,6 @@ _TOKENS = 300.0  # of an answer
 _MEAN = 1 / 16
 _MEANS_MAX = 4096
 
-_K = TypeVar("_K")
-
 
 class Cost(msgspec.Struct, frozen=True, eq=False):
     """Seconds: `load_s` to load a model, `prefill_s` and `decode_s` for one token."""
@@ -31,23 +28,35 @@ class Cost(msgspec.Struct, frozen=True, eq=False):
 def guess(size_bytes: float, pace: float = 1.0) -> Cost:
     """What a model of this size costs, as far as that tells; `pace` is how much slower than
     guessed its node is."""
-    size = size_bytes or UNTOLD_BYTES
-    decode_s = size / _DECODE_BYTES_PER_S * pace
-    load_s = (_LOAD_S + size / _LOAD_BYTES_PER_S) * pace
-    return Cost(load_s, decode_s / _PREFILL_PER_DECODE, decode_s)
+    decode_s = _decode_s(size_bytes, pace)
+    return Cost(_load_s(size_bytes, pace), decode_s / _PREFILL_PER_DECODE, decode_s)
+
+
+def _load_s(size_bytes: float, pace: float) -> float:
+    return (_LOAD_S + (size_bytes or UNTOLD_BYTES) / _LOAD_BYTES_PER_S) * pace
+
+
+def _decode_s(size_bytes: float, pace: float) -> float:
+    return (size_bytes or UNTOLD_BYTES) / _DECODE_BYTES_PER_S * pace
 
 
 def cost(size_bytes: float, rates: Rates | None, pace: Callable[[], float]) -> Cost:
     """What a model costs: what was learned of it, and what nobody has told guessed."""
     if rates is None:
         return guess(size_bytes, pace())
-    tps, prefill_tps, load_s = rates.decode_tps, rates.prefill_tps, rates.load_s
-    if not tps or load_s is None:
-        guessed = guess(size_bytes, pace())
-        load_s = guessed.load_s if load_s is None else load_s
-    decode_s = 1 / tps if tps else guessed.decode_s
-    prefill_s = 1 / prefill_tps if prefill_tps else decode_s / _PREFILL_PER_DECODE
-    return Cost(load_s, prefill_s, decode_s)
+    load_s = rates.load_s
+    if load_s is None:
+        load_s = _load_s(size_bytes, pace())
+    if rates.answers:
+        return learned(load_s, rates)
+    decode_s = _decode_s(size_bytes, pace())
+    return Cost(load_s, rates.prefill_s or decode_s / _PREFILL_PER_DECODE, decode_s)
+
+
+def learned(load_s: float, rates: Rates) -> Cost:
+    """What a model costs that has answered, and takes so long to load."""
+    decode_s = rates.eval_s / rates.out_tokens
+    return Cost(load_s, rates.prefill_s or decode_s / _PREFILL_PER_DECODE, decode_s)
 
 
 def pace(known: Iterable[tuple[float, Rates]], weight: float) -> float:
@@ -78,15 +87,13 @@ class Lengths:
 
     def learn(self, key: str, flow: str, tokens: int) -> None:
         """Take the length of one answer."""
-        mean = _follow(self._by_model, key, tokens, tokens)
-        _follow(self._by_flow, (key, flow), mean, tokens)
-
-
-def _follow(means: dict[_K, float], key: _K, first: float, seen: float) -> float:
-    """Move a mean towards what was seen, from `first` on; the one that moved longest ago makes
-    room."""
-    before = means.pop(key, first)
-    mean = means[key] = before + _MEAN * (seen - before)
-    if len(means) > _MEANS_MAX:
-        del means[next(iter(means))]
-    return mean
+        # What moved longest ago makes room.
+        by_model, by_flow, own = self._by_model, self._by_flow, (key, flow)
+        before = by_model.pop(key, tokens)
+        mean = by_model[key] = before + _MEAN * (tokens - before)
+        if len(by_model) > _MEANS_MAX:
+            del by_model[next(iter(by_model))]
+        before = by_flow.pop(own, mean)
+        by_flow[own] = before + _MEAN * (tokens - before)
+        if len(by_flow) > _MEANS_MAX:
+            del by_flow[next(iter(by_flow))]

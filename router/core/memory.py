@@ -273,10 +273,6 @@ class Memory:
         """How many each model serves at once, as far as that was learned."""
         return {key: one.sure for key, one in self._slots.items()}
 
-    def tries(self, key: str, now: float) -> int:
-        """How many more may be at work now, to see whether they are served."""
-        return self.learned(key).tries(now)
-
     def need_bytes(self, key: str, disk_bytes: float) -> float:
         """How much memory a model takes: as it was seen, or as it is likely by its size on
         disk."""

@@ -6,7 +6,7 @@ Source of the rules: Ollama's own name parser, as described in `docs/compatibili
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.core.types import NodeSpec
 
@@ -38,10 +38,10 @@ class Name:
     text: str
     key: str
     source: str = ""
+    cloud: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def cloud(self) -> bool:
-        return self.source == "cloud"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cloud", self.source == "cloud")
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,9 +251,9 @@ class Node:
         if failure is None and not self.troubled:
             if outcome.told:
                 replica.share.good(now, ground.rules.window_s)
-                replica.breaker.good(turn, now)
-                self.breaker.good(turn, now)
-                self.answered.clear()
+                replica.breaker.run = self.breaker.run = 0  # both are closed
+                if self.answered:
+                    self.answered.clear()
             return ()
         before = self.breaker.state, replica.breaker.state
         if failure is not None:

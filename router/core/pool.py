@@ -50,13 +50,13 @@ class Learned(msgspec.Struct, frozen=True, eq=False):
 
 class _Held(msgspec.Struct, frozen=True, eq=False):
     """Where a lease is counted. `turn`: how many leases had been given with it; `paid`: it takes
-    from the budget of retries; `scheduled`: the scheduler has placed it."""
+    from the budget of retries; `placed`: where the scheduler has put it, if it has."""
 
     node: Node
     key: str
     turn: int
     paid: bool
-    scheduled: bool
+    placed: Placed | None
 
 
 class Pool:
@@ -115,7 +115,7 @@ class Pool:
         known = self.warm.preloads | self._adopted
         for attempt, held in self._leases.items():
             if (
-                held.node is node and not held.scheduled and attempt not in known
+                held.node is node and held.placed is None and attempt not in known
                 and scores.adopt(attempt, node, held.key, now)
             ):  # fmt: skip
                 self._adopted.add(attempt)
@@ -153,10 +153,11 @@ class Pool:
         key = "" if model is None else model.key
         ground.turn += 1
         flips = node.lease(key, ground, now)
-        self._leases[attempt] = _Held(node, key, ground.turn, paid, placed is not None)
+        self._leases[attempt] = _Held(node, key, ground.turn, paid, placed)
         if placed is None:
             return Lease(attempt, node.spec, reason, flips)
-        return Lease(attempt, node.spec, reason, flips, placed.place, placed.first_s)
+        run = placed.run
+        return Lease(attempt, node.spec, reason, flips, run.place, run.first_s)
 
     # Those that wait.
 
@@ -213,8 +214,8 @@ class Pool:
         return paid
 
     def _placed(self, found: Placed, nodes_of: Reach, now: float) -> Lease:
-        paid = self._no_longer_paid(found.attempt)
-        attempt, node, reason = found.attempt, found.node, found.reason
+        attempt, node, reason = found.one.attempt, found.node, found.reason
+        paid = self._no_longer_paid(attempt)
         if self._spills and nodes_of.spilled(attempt, node):
             reason = Reason.LATER_POOL
         return self._lease(attempt, node, reason, now, paid=paid, placed=found)
@@ -277,10 +278,10 @@ class Pool:
         """The first record of its answer is there. Gives the url of the node, if it has loaded
         something for that and others depend on its context."""
         held = self._leases.get(attempt)
-        if held is None or not held.scheduled:
+        if held is None or held.placed is None:
             return ""
         self._touched.add(held.node)
-        loaded = self._scheduler.began(attempt, held.node, now)
+        loaded = self._scheduler.began(held.placed, now)
         return held.node.spec.url if loaded and self.at_least else ""
 
     def leave(self, attempt: Attempt, outcome: Outcome, now: float) -> Sequence[Flip]:
@@ -292,15 +293,15 @@ class Pool:
             return ()
         node, failure = held.node, outcome.failure
         good = failure is None and outcome.told
-        if held.scheduled:
-            self._scheduler.leave(attempt, node, now, good=good)
+        if held.placed is not None:
+            self._scheduler.leave(held.placed, now, good=good)
             self._touched.add(node)
         elif self.warm.preloads and attempt in self.warm.preloads:
             self.warm.ended(attempt, node, held.key, now, good=good)
             self._touched.add(node)
         elif attempt in self._adopted:
             self._adopted.discard(attempt)
-            self._scheduler.scores.ended(attempt, node, now, good=good)
+            self._scheduler.scores.ended(attempt, node, None, now, good=good)
             self._touched.add(node)
         if held.paid:
             self._budget.give()
@@ -347,11 +348,11 @@ class Pool:
     def first_byte_s(self, lease: Lease, waits: Waits, body_bytes: int, *, streams: bool) -> float:
         """How long the answer to a leased request may take to begin."""
         held = self._leases[lease.attempt]
-        replica = held.node.replicas[held.key]
+        node, key = held.node, held.key
+        replica, warm = node.replicas[key], streams and node.resides(key) is not None
         return replica.rates.first_byte_limit_s(
-            waits, sizing.tokens(body_bytes), replica.in_flight - 1, streams=streams,
-            warm=held.node.resides(held.key) is not None,
-        )  # fmt: skip
+            waits, sizing.tokens(body_bytes), replica.in_flight - 1, streams=streams, warm=warm
+        )
 
     def context(self, lease: Lease) -> int | None:
         """For how many tokens the model is loaded where this lease is; None where that is not
@@ -362,7 +363,7 @@ class Pool:
         node = held.node
         one = (
             self._scheduler.scores.memory(node).loaded.get(node.runner(held.key))
-            if held.scheduled
+            if held.placed is not None
             else node.resides(held.key)
         )
         return None if one is None else one.context

@@ -8,7 +8,8 @@ _ANSWERS = 3  # so many have to be seen before a limit relies on them
 _TIMES = 3.0  # how often the expected time may pass: a limit is no estimate
 _COLD_S = 0.1  # a model that is in memory is found in a few milliseconds
 _LONG_TOKENS = 64  # prefill of fewer says more of what each request costs at least
-_MEAN = 1 / 8  # how much the newest answer weighs in a mean
+_FOLLOWED = 8  # answers that a mean follows
+_MEAN = 1 / _FOLLOWED  # how much the newest one weighs in it
 _SLOWER, _FASTER, _FAR_FASTER = 1 / 2, 1 / 8, 1 / 256
 _EASED = 31 / 32  # what an answer in time leaves of the room that a late one was given
 _ROOM = 64.0
@@ -44,7 +45,7 @@ class Rates:
     dozen answers or so.
     """
 
-    __slots__ = ("_prefill_s", "_room", "answers", "eval_s", "load_s", "out_tokens", "prompt_s")
+    __slots__ = ("_room", "answers", "eval_s", "load_s", "out_tokens", "prefill_s", "prompt_s")
 
     def __init__(self) -> None:
         self.answers = 0
@@ -52,7 +53,7 @@ class Rates:
         self.prompt_s = 0.0  # mean of an answer: what was cached took none
         self.eval_s = 0.0  # mean of an answer
         self.out_tokens = 0.0  # mean of an answer
-        self._prefill_s: float | None = None  # of one token that was not cached
+        self.prefill_s: float | None = None  # of one token that was not cached
         self._room = 1.0  # how much longer the least is, for answers that were late
 
     def __repr__(self) -> str:
@@ -67,7 +68,7 @@ class Rates:
 
     @property
     def prefill_tps(self) -> float | None:
-        return None if self._prefill_s is None else 1 / self._prefill_s
+        return None if self.prefill_s is None else 1 / self.prefill_s
 
     @property
     def decode_tps(self) -> float | None:
@@ -77,29 +78,26 @@ class Rates:
     def speed(self) -> Speed:
         return Speed(self.prefill_tps, self.decode_tps, self.load_s)
 
-    @property
-    def service_s(self) -> float:
-        """How long an answer takes a slot, once the model is loaded."""
-        return self.prompt_s + self.eval_s
-
     def learn(self, told: Usage) -> None:
         """Take what the final record of a whole answer told; what it did not tell stays as it is.
 
         `prompt_tokens` counts those in the node's prompt cache too, `prompt_s` does not: a hit
         looks like a fast node.
         """
-        if told.load_s is not None and told.load_s >= _COLD_S:
-            self.load_s = _slow_to_forget(self.load_s, told.load_s)
-        if told.prompt_s and told.prompt_tokens and told.prompt_tokens >= _LONG_TOKENS:
-            self._prefill_s = _slow_to_forget(self._prefill_s, told.prompt_s / told.prompt_tokens)
+        load_s, prompt_s, prompt_tokens = told.load_s, told.prompt_s, told.prompt_tokens
+        if load_s is not None and load_s >= _COLD_S:
+            self.load_s = _slow_to_forget(self.load_s, load_s)
+        if prompt_s and prompt_tokens and prompt_tokens >= _LONG_TOKENS:
+            self.prefill_s = _slow_to_forget(self.prefill_s, prompt_s / prompt_tokens)
         if told.eval_s and told.completion_tokens:
+            self.answers += 1
             # The first ones count in full, or nothing would count for long.
-            weight = max(_MEAN, 1 / (self.answers + 1))
-            self.prompt_s += weight * ((told.prompt_s or 0.0) - self.prompt_s)
+            weight = 1 / self.answers if self.answers < _FOLLOWED else _MEAN
+            self.prompt_s += weight * ((prompt_s or 0.0) - self.prompt_s)
             self.eval_s += weight * (told.eval_s - self.eval_s)
             self.out_tokens += weight * (told.completion_tokens - self.out_tokens)
-            self.answers += 1
-            self._room = max(1.0, self._room * _EASED)
+            if self._room > 1:
+                self._room = max(1.0, self._room * _EASED)
 
     def late(self) -> None:
         """An answer was given up before its first byte: the limit was perhaps too short, and a
@@ -112,11 +110,12 @@ class Rates:
         """How long the first byte of an answer may take.
 
         `ahead`: requests that this model has to answer before on this node. `streams` is false
-        for whatever is sent only when whole. `warm`: it is in memory, as far as known; a load
-        that was ever seen counts nevertheless, since it may be evicted or asked for otherwise.
+        for whatever is sent only when whole. `warm`, of streams: it is in memory, as far as known;
+        a load that was ever seen counts nevertheless, since it may be evicted or asked for
+        otherwise.
         """
-        expected_s = (self.load_s or 0.0) + ahead * self.service_s
-        expected_s += prompt_tokens * (self._prefill_s or 0.0)
+        expected_s = (self.load_s or 0.0) + ahead * (self.prompt_s + self.eval_s)
+        expected_s += prompt_tokens * (self.prefill_s or 0.0)
         least_s = waits.first_byte_s
         if not streams:
             expected_s += self.eval_s
@@ -127,7 +126,7 @@ class Rates:
     def _tells(self, prompt_tokens: int, *, warm: bool) -> bool:
         """Whether all is known that such a request may take before its first byte."""
         load = warm or self.load_s is not None
-        prefill = prompt_tokens < _LONG_TOKENS or self._prefill_s is not None
+        prefill = prompt_tokens < _LONG_TOKENS or self.prefill_s is not None
         return self.learned and load and prefill
 
 

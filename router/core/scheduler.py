@@ -27,20 +27,11 @@ NodesOf = Callable[[Attempt], Sequence[Node]]
 
 
 class Placed(msgspec.Struct, frozen=True, eq=False):
-    """The node that a request gets now, and why. `place`: its number in the line for the model
-    there, where slots are learned; `first_s`: when its answer is expected to begin, in seconds."""
-
-    attempt: Attempt
-    node: Node
-    reason: Reason
-    place: int = 0
-    first_s: float = 0.0
-
-
-class _Went(msgspec.Struct, eq=False):
-    """A request that has got a node, and is at work on what it has in memory."""
+    """A request that has got a node, and why: `run` is its work on what is in memory there."""
 
     one: Waiting
+    node: Node
+    reason: Reason
     loaded: Loaded
     run: Run
 
@@ -55,7 +46,6 @@ class Scheduler:
         self._room = Room(self.queue, self.scores)
         self.unbarred = False  # a flow that had its share has given a node back
         self.spared: set[Node] = set()  # those that get one request in a pass: it is a trial
-        self._went: dict[Attempt, _Went] = {}
         self._barred: set[Flow] = set()  # flows that had their share when they were looked at
 
     def __repr__(self) -> str:
@@ -79,13 +69,20 @@ class Scheduler:
         one = queue.come(attempt, key, flow, scores.asked(work, key, size, nodes, now), now)
         if key in queue.by_key:
             return one
-        scores.begin()
         if len(queue.flows) > 1:
             self._shares.begin()
             if not self._shares.may(one, flow.waiting + 1):
                 return one
+        quick = scores.at_once(one, size, nodes, now)
+        if quick is not None:
+            node, loaded, delay = quick
+            return self._put(one, node, loaded, delay, 0.0, now)
+        scores.begin()
         best = scores.best(one, size, nodes, (), now)
-        return self._grant(one, *best, now) if best is not None and best[1].now else one
+        if best is None:
+            return one
+        seat, delay = best
+        return self._grant(one, seat, delay, now) if delay.now else one
 
     def wait(self, one: Waiting, nodes_of: NodesOf, now: float) -> Placed | None:
         """Have a request wait, unless there is a node for it. Those that wait already have had
@@ -122,18 +119,17 @@ class Scheduler:
         """Whether one of these could take a request for this model now."""
         return any(self.scores.seat(n, key, now).open for n in nodes if key in n.present)
 
-    def began(self, attempt: Attempt, node: Node, now: float) -> bool:
+    def began(self, placed: Placed, now: float) -> bool:
         """The first record of an answer is there: whatever had to be loaded is. Says whether
         anything had."""
-        went, memory, work = self._went[attempt], self.scores.memories[node], attempt.work
-        loaded, run = went.loaded, went.run
+        node, loaded, run, work = placed.node, placed.loaded, placed.run, placed.one.attempt.work
         loading = loaded.ready is not None
         if loading or not loaded.plain:
-            memory.began(loaded, work, now)
+            self.scores.memories[node].began(loaded, work, now)
         if work.blocks:
             loaded.prefixes.remember(work.blocks)
         if node.spec.auto:
-            memory.learned(loaded.key).began(run.place)
+            self.scores.memories[node].learned(loaded.key).began(run.place)
         run.begin(now)
         return loading
 
@@ -142,13 +138,13 @@ class Scheduler:
         self.queue.leave(attempt)
         self._room.release()
 
-    def leave(self, attempt: Attempt, node: Node, now: float, *, good: bool) -> None:
+    def leave(self, placed: Placed, now: float, *, good: bool) -> None:
         """A request that had a node has ended."""
-        went = self._went.pop(attempt)
-        self.queue.ended(went.one, now)
-        if self._barred and went.one.flow in self._barred:
+        one = placed.one
+        self.queue.ended(one, now)
+        if self._barred and one.flow in self._barred:
             self.unbarred = True
-        self.scores.ended(attempt, node, now, good=good, loaded=went.loaded)
+        self.scores.ended(one.attempt, placed.node, placed.loaded, now, good=good)
 
     def let_go(self, one: Waiting) -> None:
         """It gets a node where nobody waits for a turn: its flow has had what it asked for."""
@@ -161,9 +157,10 @@ class Scheduler:
     def learn(self, node: Node, key: str, flow: str, told: Usage, place: int, now: float) -> None:
         """Take what the final record of an answer told, that had this place in the line."""
         self.scores.costs.learn(node, key, flow, told)
-        if node.spec.auto and told.waited_s is not None and told.total_s is not None:
+        waited_s = told.waited_s if node.spec.auto else None
+        if waited_s is not None and told.total_s is not None:
             learned = self.scores.memory(node).learned(node.runner(key))
-            learned.learn(place, told.waited_s, told.total_s - (told.load_s or 0.0), now)
+            learned.learn(place, waited_s, told.total_s - (told.load_s or 0.0), now)
 
     def weigh(
         self, attempt: Attempt, key: str, nodes: Sequence[Node], nodes_of: NodesOf, now: float
@@ -274,17 +271,24 @@ class Scheduler:
         return placed
 
     def _grant(self, one: Waiting, seat: Seat, delay: Delay, now: float) -> Placed:
-        attempt, loaded, node, load_s = one.attempt, seat.loaded, seat.node, 0.0
+        loaded, load_s = seat.loaded, 0.0
         if loaded is None or delay.load_s:
             load_s = one.load_s = seat.cost.load_s
             loaded = self.scores.load(seat, one, now)
             self._shares.begin()
         else:
             seat.take(delay)
-        place, first_s = 0, load_s + delay.first_s
+        return self._put(one, seat.node, loaded, delay, load_s, now)
+
+    def _put(
+        self, one: Waiting, node: Node, loaded: Loaded, delay: Delay, load_s: float, now: float
+    ) -> Placed:
+        """It is at work there from now on."""
+        attempt, place = one.attempt, 0
         if node.spec.auto:
-            place = seat.memory.learned(seat.runner).lease(len(loaded.runs), now)
-        run = loaded.runs[attempt] = Run(now, first_s, delay.out_s, place)
+            learned = self.scores.memories[node].learned(loaded.key)
+            place = learned.lease(len(loaded.runs), now)
+        run = loaded.runs[attempt] = Run(now, load_s + delay.first_s, delay.out_s, place)
         loaded.used = now
         reason = delay.reason(attempt)
         if load_s or now > one.since:
@@ -292,5 +296,4 @@ class Scheduler:
         self.queue.went(one, now)
         if node.troubled:
             self.spared.add(node)
-        self._went[attempt] = _Went(one, loaded, run)
-        return Placed(attempt, node, reason, place, first_s)
+        return Placed(one, node, reason, loaded, run)

@@ -12,7 +12,16 @@ from router.core.node import Node
 from router.core.policy import Attempt
 from router.core.prefix import BLOCK_TOKENS
 from router.core.queue import Waiting
-from router.core.seat import FIRST_SHARE, Delay, Seat, absent, loading_s, there
+from router.core.seat import (
+    FIRST_SHARE,
+    Delay,
+    Seat,
+    absent,
+    contention,
+    loading_s,
+    slots_now,
+    there,
+)
 from router.core.types import Reason
 from router.core.work import Work
 
@@ -36,7 +45,7 @@ class Scores:
         self.costs = Costs()
         self._demand = Demand()
         self._waited = Demand()  # seconds that requests have waited for a slot, since the last load
-        self._seats: dict[tuple[Node, str], Seat] = {}
+        self._seats: dict[str, dict[Node, Seat]] = {}
         self.warm: Mapping[str, int] = {}  # how many replicas of a model are kept in memory
 
     def __repr__(self) -> str:
@@ -93,11 +102,11 @@ class Scores:
             self._waited.count(one.key, now, now - one.since)
 
     def ended(
-        self, attempt: Attempt, node: Node, now: float, *, good: bool, loaded: Loaded | None = None
+        self, attempt: Attempt, node: Node, loaded: Loaded | None, now: float, *, good: bool
     ) -> None:
         """What was at work there has ended: a request on `loaded`, or else a preload or what was
         adopted, wherever it is."""
-        memory = self.memory(node)
+        memory = self.memories.get(node) or self.memory(node)
         if loaded is None:
             loaded = next((one for one in memory.loaded.values() if attempt in one.runs), None)
         if loaded is not None:
@@ -125,17 +134,18 @@ class Scores:
 
     def changed(self, node: Node) -> None:
         """Look at this one anew."""
-        for pair in [pair for pair in self._seats if pair[0] is node]:
-            del self._seats[pair]
+        for seats in self._seats.values():
+            seats.pop(node, None)
 
     def resides(self, node: Node, key: str) -> bool:
         """Whether it has a model in memory, or on its way there."""
         return node.runner(key) in self.memory(node).loaded
 
     def seat(self, node: Node, key: str, now: float) -> Seat:
-        found = self._seats.get((node, key))
+        seats = self._seats.setdefault(key, {})
+        found = seats.get(node)
         if found is None:
-            found = self._seats[node, key] = self._look(node, key, now)
+            found = seats[node] = self._look(node, key, now)
         return found
 
     def _look(self, node: Node, key: str, now: float) -> Seat:
@@ -236,41 +246,74 @@ class Scores:
 
     # What it costs.
 
+    def at_once(
+        self, one: Waiting, size: Size, nodes: Sequence[Node], now: float
+    ) -> tuple[Node, Loaded, Delay] | None:
+        """The same as `best`, where that has a free slot, and has the model as it is asked for;
+        and where none of the others needs a closer look to tell, as they cannot be better."""
+        work, key, memories, costs = one.attempt.work, one.key, self.memories, self.costs
+        blocks, (tokens, cut, out) = work.blocks, size
+        found, least, flight, others = None, inf, 0, inf
+        for node in nodes:
+            memory, price = memories.get(node), costs.of(node, key)
+            loaded = None if memory is None else memory.loaded.get(node.runner(key))
+            if memory is None or loaded is None:
+                others = min(others, _least_s(size, price))
+                continue
+            slower = 1.0 if len(memory.loaded) <= memory.gpus else contention(memory, loaded)
+            read, known = tokens, 0
+            if blocks:
+                known = loaded.prefixes.common(blocks)
+                read = tokens if cut else max(0, tokens - known * BLOCK_TOKENS)
+            first_s = read * price.prefill_s * slower
+            out_s = out * price.decode_s * slower
+            total_s = first_s + FIRST_SHARE * out_s
+            spec = node.spec
+            slots = slots_now(spec, memory, loaded, now) if spec.auto else spec.slots
+            taken = slots <= len(loaded.runs) or loaded.ready is not None
+            if taken or memory.leaving or loaded.differs(work):
+                others = min(others, total_s)
+            elif total_s < least or (total_s == least and node.in_flight < flight):
+                least, flight = total_s, node.in_flight
+                found = node, loaded, Delay(total_s, 0.0, 0.0, first_s, out_s, known, True)
+        return found if least < others else None
+
     def best(
         self, one: Waiting, size: Size, nodes: Sequence[Node], spared: Collection[Node], now: float
     ) -> tuple[Seat, Delay] | None:
         """Where a request costs least, and what; None where no node can have it. Where it would
         have to be loaded is only looked at if that could be less."""
         found, least, flight = None, inf, 0
-        seats, costs, key = self._seats, self.costs, one.key
+        memories, costs, key = self.memories, self.costs, one.key
+        seats = self._seats.setdefault(key, {})
         cold: list[Node] = []  # looked at after the others
         for some in (nodes, cold):
             for node in some:
                 if node in spared:
                     continue
-                seat = seats.get((node, key))
+                seat = seats.get(node)
                 if seat is None:
-                    memory, runner = self.memory(node), node.runner(key)
+                    memory, runner = memories.get(node) or self.memory(node), node.runner(key)
                     loaded = memory.loaded.get(runner)
                     if loaded is not None:
-                        seat = seats[node, key] = there(
-                            node, memory, loaded, costs.of(node, key), now
-                        )
+                        seat = seats[node] = there(node, memory, loaded, costs.of(node, key), now)
                     elif some is nodes:
                         cold.append(node)
                         continue
                     elif _least_s(size, costs.of(node, key)) > least:
                         continue
                     else:
-                        seat = seats[node, key] = self._absent(node, runner, memory, key, now)
+                        seat = seats[node] = self._absent(node, runner, memory, key, now)
                 delay = self.delay(one, size, seat, now)
-                if delay is not None and (delay.total_s, node.in_flight) < (least, flight):
+                if delay is None or delay.total_s > least:
+                    continue
+                if delay.total_s < least or node.in_flight < flight:
                     found, least, flight = (seat, delay), delay.total_s, node.in_flight
         return found
 
     def delay(self, one: Waiting, size: Size, seat: Seat, now: float) -> Delay | None:
         """What this node would cost it; None where it cannot have it."""
-        loaded, memory, work = seat.loaded, seat.memory, one.attempt.work
+        loaded, work = seat.loaded, one.attempt.work
         tokens, cut, out = size
         wait_s = load_s = 0.0
         known, at_once = 0, True
@@ -279,7 +322,8 @@ class Scores:
                 return None
             load_s = self._load_s(one, seat, now)
         else:
-            anew, leaves = loaded.differs(work), loaded.key in memory.leaving
+            memory, anew = seat.memory, loaded.differs(work)
+            leaves = loaded.key in memory.leaving
             if leaves and memory.wanted != loaded.key:
                 return None
             if anew or leaves:

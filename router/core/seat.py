@@ -100,11 +100,10 @@ class Seat(msgspec.Struct, eq=False):
 
 def there(node: Node, memory: Memory, loaded: Loaded, price: Cost, now: float) -> Seat:
     """What is in memory, or on its way there."""
-    spec, busy, runner = node.spec, len(loaded.runs), loaded.key
-    slots = _learned(memory, loaded, spec, now) if spec.auto else spec.slots
-    free = slots - busy if loaded.ready is None else 0
-    contention = 1.0 if len(memory.loaded) <= memory.gpus else _contention(memory, loaded)
-    return Seat(node, runner, memory, loaded, price, contention, slots, free, now)
+    slots = slots_now(node.spec, memory, loaded, now)
+    free = slots - len(loaded.runs) if loaded.ready is None else 0
+    slower = 1.0 if len(memory.loaded) <= memory.gpus else contention(memory, loaded)
+    return Seat(node, loaded.key, memory, loaded, price, slower, slots, free, now)
 
 
 def absent(
@@ -112,20 +111,23 @@ def absent(
     victims: Collection[Loaded] | None, evicts_s: float,
 ) -> Seat:  # fmt: skip
     """What would have to be loaded."""
-    contention = 1.0 if victims is None else _contention(memory, None)
-    return Seat(node, runner, memory, None, price, contention, 0, 0, now, victims, evicts_s)
+    slower = 1.0 if victims is None else contention(memory, None)
+    return Seat(node, runner, memory, None, price, slower, 0, 0, now, victims, evicts_s)
 
 
-def _contention(memory: Memory, loaded: Loaded | None) -> float:
+def contention(memory: Memory, loaded: Loaded | None) -> float:
     """How much longer all takes for what else is at work on the same GPUs."""
     others = len([1 for one in memory.loaded.values() if one.runs and one is not loaded])
     return 1 + _CONTENTION * max(0, others + 1 - memory.gpus) / memory.gpus
 
 
-def _learned(memory: Memory, loaded: Loaded, spec: NodeSpec, now: float) -> int:
-    """How many requests it may serve at once now, where that is learned."""
-    slots = memory.slots(loaded.key, spec)
-    return slots + memory.tries(loaded.key, now) if len(loaded.runs) >= slots else slots
+def slots_now(spec: NodeSpec, memory: Memory, loaded: Loaded, now: float) -> int:
+    """How many requests it may serve at once now: where that is learned, with those tried."""
+    if not spec.auto:
+        return spec.slots
+    learned = memory.learned(loaded.key)
+    sure = learned.sure
+    return sure + learned.tries(now) if len(loaded.runs) >= sure else sure
 
 
 def _ends(loaded: Loaded, slots: int, now: float) -> list[float]:

@@ -156,7 +156,7 @@ class Warm:
     def ended(self, attempt: Attempt, node: Node, key: str, now: float, *, good: bool) -> None:
         """A load has ended, well or not."""
         self.preloads.discard(attempt)
-        self._scores.ended(attempt, node, now, good=good)
+        self._scores.ended(attempt, node, None, now, good=good)
         care = self._care(node, key)
         care.again = now + care.wait_s
 

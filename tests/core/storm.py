@@ -34,6 +34,7 @@ from router.core.types import (
     Topology,
 )
 from tests.core.build import RULES, models, spec, topology
+from tests.core.quickly import agrees
 
 _STORM_S = 60.0
 _CALM_S = 100.0  # longer than any back-off
@@ -336,6 +337,7 @@ class Storm:
         request.turn += 1
         request.deadline = request.deadline or self.now + _BUSY_S
         pays = self._has_to_pay(attempt, request.key)
+        assert agrees(self.pool, attempt, self.now)
         verdict = self.pool.submit(attempt, self.now)
         if isinstance(verdict, Rejected):
             self._rejected(request, verdict, pays=pays)

@@ -43,7 +43,7 @@ LEARNED = (COLD, told(), told())
 def test_nothing_is_known_of_what_was_never_asked() -> None:
     rates = Rates()
     assert (rates.load_s, rates.prefill_tps, rates.decode_tps) == (None, None, None)
-    assert (rates.service_s, rates.learned) == (0.0, False)
+    assert (rates.prompt_s, rates.eval_s, rates.learned) == (0.0, 0.0, False)
     assert repr(rates) == "<Rates of 0>"
 
 
@@ -54,7 +54,7 @@ def test_equal_answers_are_their_own_mean() -> None:
     assert rates.prefill_tps == pytest.approx(1000)
     assert rates.decode_tps == pytest.approx(20)
     assert rates.out_tokens == pytest.approx(100)
-    assert rates.service_s == pytest.approx(6)
+    assert rates.prompt_s + rates.eval_s == pytest.approx(6)
     assert repr(rates) == "<Rates of 3 load 10 in/s 1000 out/s 20>"
 
 

@@ -33,6 +33,7 @@ from router.core.types import (
 )
 from router.core.usage import Usage
 from router.core.work import Priority, Work
+from tests.core.quickly import agrees
 
 GB = 10**9
 ALL = "uvwxyz"
@@ -116,6 +117,7 @@ class Yard:
             Target(parse(left), pinned, left), frozenset(map(url, tried)), digest, answered, work
         )
         self.asked[name] = one
+        assert agrees(self.pool, one, self.now)
         verdict = self.pool.submit(one, self.now)
         if isinstance(verdict, Lease):
             self.leases[name] = verdict
@@ -202,6 +204,16 @@ def test_a_load_is_better_than_a_long_wait() -> None:
     yard.ask("x1", out=600)
     assert yard.terms("x")["b"] == terms(6.0, 0, 0.3)
     assert yard.ask("x2") == "a load"
+
+
+def test_a_short_wait_is_better_than_a_slow_node_that_is_free() -> None:
+    yard = Yard(a=Has("x"), b=Has("x"))
+    yard.ask("x0", pin="a")
+    yard.end("x0")
+    yard.pool.learn(url("a"), "x:latest", Usage(0, 100, eval_s=10.0), "", 0, yard.now)
+    assert yard.ask("x1") == "b warm"
+    assert yard.terms("x") == {"a": terms(0, 0, 3.0), "b": terms(1.0, 0, 0.3)}
+    assert yard.ask("x2") == "waits 1.00"
 
 
 def test_nobody_waits_for_ever_for_what_may_hang() -> None:
@@ -578,6 +590,8 @@ def test_of_one_that_is_longer_nothing_is_cached_as_its_beginning_is_left_out() 
     yard.look("a", "x", ctx=3000)
     cached, cut = (yard.terms("x", tokens=tokens, blocks=blocks)["a"] for tokens in (3000, 3001))
     assert (cached, cut) == (terms(0, 0, 0.3), terms(0, 0, 1.3))
+    assert yard.ask("x2", tokens=3001, blocks=blocks) == "a cached"
+    assert yard.leases["x2"].expected_s == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from router.core.types import (
 )
 from router.core.usage import Usage
 from router.core.work import Priority, Work
+from tests.core.quickly import agrees
 
 GB = 10**9
 SIZES = {"a:latest": 3 * GB, "b:latest": 4 * GB, "c:latest": 9 * GB}
@@ -133,6 +134,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         attempt = Attempt(
             Target(parse(name), pin, name), answered=URLS[0] if answered else "", work=late
         )
+        assert agrees(self.pool, attempt, self.now)
         verdict = self.pool.submit(attempt, self.now)
         if isinstance(verdict, Lease):
             self.leased(verdict)
@@ -271,18 +273,20 @@ class SchedulingMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_balance(self) -> None:
-        scheduler, queue = self.pool._scheduler, self.pool._scheduler.queue
+        queue = self.pool._scheduler.queue
         assert self.pool.waiting == len(self.waiting) == len(queue)
         assert self.pool.in_flight == len(self.leases)
         assert {one.attempt for one in queue} == set(self.waiting)
-        assert set(scheduler._went) == set(self.leases) - self.outright
+        leases = self.pool._leases.items()
+        placed = {one for one, held in leases if held.placed is not None}
+        assert placed == set(self.leases) - self.outright
         assert self.pool._paid <= set(self.waiting)
         paid = sum(held.paid for held in self.pool._leases.values())
         assert self.pool._budget.running == paid + len(self.pool._paid)
         flows = queue.flows.values()
         waits = Counter(attempt.work.flow for attempt in self.waiting)
         assert {flow.name: flow.waiting for flow in flows if flow.waiting} == waits
-        held = Counter((one.work.flow, key_of(one)) for one in scheduler._went)
+        held = Counter((one.work.flow, key_of(one)) for one in placed)
         assert {(f.name, key): n for f in flows for key, n in f.held.items()} == held
 
     @invariant()
