@@ -174,13 +174,16 @@ class Held:
     """The lease of one attempt. `outcome`: how it ended, where that is no exception; `waited_s`:
     how long there was none to be had."""
 
-    __slots__ = ("_attempt", "_deadline", "_dispatch", "_lease", "_request", "outcome", "waited_s")
+    __slots__ = (
+        "_attempt", "_deadline", "_dispatch", "_key", "_lease", "_request", "outcome", "waited_s",
+    )  # fmt: skip
 
     def __init__(self, dispatch: Dispatch, attempt: Attempt, deadline: float, request: str) -> None:
         self.outcome: Outcome | None = None
         self.waited_s = 0.0
         self._dispatch = dispatch
         self._attempt = attempt
+        self._key = "" if attempt.target.model is None else attempt.target.model.key
         self._deadline = deadline
         self._request = request
         self._lease: Lease | None = None
@@ -211,11 +214,6 @@ class Held:
         for flip in verdict.flips:
             dispatch.on_flip(flip)
         return verdict
-
-    @property
-    def _key(self) -> str:
-        model = self._attempt.target.model
-        return "" if model is None else model.key
 
     async def __aexit__(
         self,

@@ -26,7 +26,8 @@ class Exchange:
 
     def rest(self) -> bytes | None:
         """The whole body, if all of it is there."""
-        return self._held().take() if self.whole else None
+        conn = self._held()
+        return conn.take() if conn.whole else None
 
     async def read(self) -> bytes:
         """All of the body that is there, at least one byte; b"" at its clean end.

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from itertools import chain
 
 import msgspec
+from aiohttp import hdrs
 
 from router import answers, log
 from router.core import retry, wording
@@ -168,7 +169,7 @@ class Fanout:
 
     def head(self, errand: Errand, method: str, node: NodeSpec, length: int | None) -> bytes:
         request = errand.request
-        connection = request.headers.getall("Connection", None)
+        connection = request.headers.getall(hdrs.CONNECTION, None)
         headers = forwarded(request.raw_headers, connection, self.via)
         return request_head(node, method, errand.target, headers, length, TO_NODE)
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from multidict import istr
+
 from router.core import sizing
 from router.core.dialect import Route
 from router.core.work import USUAL, FlowRule, Priority, Work
@@ -10,7 +12,7 @@ from router.downstream import Network, Request, is_trusted
 from router.errors import ClientError
 from router.log import Report
 
-_DEADLINE, _PRIORITY = "X-Ollamux-Deadline-Ms", "X-Ollamux-Priority"
+_DEADLINE, _PRIORITY = istr("X-Ollamux-Deadline-Ms"), istr("X-Ollamux-Priority")
 _NAME_MAX = 200
 _PRIORITIES = {priority.word: priority for priority in Priority}
 
@@ -33,21 +35,19 @@ def work(
     """What is known of a request before it has a node; its flow is noted in the report. `at_least`:
     the context that it asks for may be raised. Raises ClientError for a header that cannot be
     read."""
-    headers, priority = request.headers, None
-    report.flow = report.client
+    headers, flow, priority = request.headers, report.client, None
     if settings.trusted and is_trusted(request, settings.trusted):
         if settings.header is not None:
-            report.flow = headers.get(settings.header, "")[:_NAME_MAX] or report.client
+            flow = headers.get(settings.header, "")[:_NAME_MAX] or flow
         if _PRIORITY in headers:
             priority = _priority(headers[_PRIORITY])
-    rule = settings.rules.get(report.flow, USUAL)
-    most_s = settings.most_s
+    report.flow = flow
+    rule, most_s = settings.rules.get(flow, USUAL), settings.most_s
     if _DEADLINE in headers:
         most_s = min(most_s, _milliseconds(headers[_DEADLINE]) / 1000)
-    answers = bool(route.final)
     return sizing.work(
-        body, report.flow, rule.priority if priority is None else priority, now + most_s,
-        rule.weight, answers=answers, options=route.options, at_least=at_least,
+        body, flow, rule.priority if priority is None else priority, now + most_s, rule.weight,
+        answers=bool(route.final), options=route.options, at_least=at_least,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from aiohttp import hdrs, web
+from multidict import istr
 
 from router import answers, downstream, log
 from router.admission import Cause, Overload
@@ -33,6 +34,7 @@ _ROUTED, _LOCAL = (
 )  # a look-up in the module is a third of the price of one in the enum
 _NOBODY = (Refusal.NODES_DOWN, Refusal.ALL_TRIED, Refusal.DRAINED)
 _NO_HEADERS: Mapping[str, str] = {}
+_VIA = istr(VIA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,10 @@ class Gate:
     async def handle(self, request: Request) -> Answer:
         """Answer one request; every end of it is counted and logged here, once."""
         report = Report(
-            id=downstream.request_id(request) or f"{self._run}-{next(self._numbers):x}",
-            client=downstream.client_address(request, self.settings.trusted),
-            method=request.method,
-            started=self.clock(),
+            downstream.request_id(request) or f"{self._run}-{next(self._numbers):x}",
+            downstream.client_address(request, self.settings.trusted),
+            request.method,
+            self.clock(),
         )
         self.active += 1
         try:
@@ -103,10 +105,12 @@ class Gate:
             if answer is None:
                 assert route is not None
                 assert allowed is not None
-                asked = Asked(route, path, query, self._scope(pin))
+                asked = Asked(route, path, query, None if pin is None else self._scope(pin))
                 if route.kind is not _LOCAL:
                     forward = self.proxy.relay if route.kind is _ROUTED else self.manage.handle
-                    return await forward(request, report, asked, _lines(allowed))
+                    return await forward(
+                        request, report, asked, _lines(allowed) if allowed else b""
+                    )
                 answer = await self._listed(asked)
             elif pin is not None:
                 _lead_back(answer, pin)
@@ -128,9 +132,7 @@ class Gate:
             await self.look(asked.scope)
         return self.catalog.answer(asked)
 
-    def _scope(self, pin: str | None) -> Scope | None:
-        if pin is None:
-            return None
+    def _scope(self, pin: str) -> Scope:
         scope = self.proxy.pool.registry.scope(pin)
         if isinstance(scope, Rejected):
             raise Refused(scope)
@@ -146,13 +148,13 @@ class Gate:
     ) -> web.StreamResponse | None:
         """Refuse loops, foreign origins, what is no endpoint, and what is too much; None for the
         rest."""
-        passed = request.headers.getall(VIA, None)
+        passed = request.headers.getall(_VIA, None)
         if passed is not None and self.proxy.instance in ",".join(passed):
             message = "this request has passed this router before: a node's url leads back to it"
             raise ClientError(508, message)
         if allowed is None or not self.guard.admits(request):
             return web.Response(status=403)
-        if request.method == "OPTIONS" and "Origin" in request.headers:
+        if request.method == "OPTIONS" and hdrs.ORIGIN in request.headers:
             return web.Response(status=204, headers=self.settings.cors.preflight())
         if route is None:
             return answers.no_route(path, query, request.method)
@@ -166,11 +168,11 @@ class Gate:
 
     def _allowed(self, request: Request) -> Mapping[str, str] | None:
         """What an answer must say for the page that asks to read it; None if it may not ask."""
-        origin = request.headers.get("Origin")
+        origin = request.headers.get(hdrs.ORIGIN)
         if origin is None:
             return _NO_HEADERS
         # Not request.host: without the header, it asks the resolver for this machine's name.
-        return self.settings.cors.check(origin, request.headers.get("Host", ""))
+        return self.settings.cors.check(origin, request.headers.get(hdrs.HOST, ""))
 
     def _refused(self, report: Report, route: Route, refused: Refused) -> web.StreamResponse:
         """Answer where no node could be asked."""
@@ -231,8 +233,6 @@ class Gate:
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:
-    if not headers:
-        return b""
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
 

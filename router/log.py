@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Self, TextIO, cast
 
 import msgspec
@@ -45,7 +46,7 @@ class Continued(enum.StrEnum):
 
 
 # A look-up in the module is a third of the price of one in the enum.
-_OK, _NODE = Ending.OK, Source.NODE
+_OK, _NODE, _UNSET = Ending.OK, Source.NODE, msgspec.UNSET
 
 
 def ending(status: int) -> Ending:
@@ -55,7 +56,8 @@ def ending(status: int) -> Ending:
     return Ending.CLIENT_ERROR if status < 500 else Ending.NODE_ERROR
 
 
-class Report(msgspec.Struct, eq=False):
+@dataclass(slots=True, eq=False)
+class Report:
     """What is known of one request; times are seconds on the monotonic clock.
 
     `model` is a canonical name, `sent` the one that a node is told; `known` says whether a node
@@ -257,8 +259,7 @@ def _ms(seconds: float) -> float:
 
 
 def _line(report: Report, ended: float, timestamp: str) -> _Line:
-    first = report.first_at
-    usage = report.usage
+    first, usage = report.first_at, report.usage
     return _Line(
         report.id,
         report.client,
@@ -272,11 +273,11 @@ def _line(report: Report, ended: float, timestamp: str) -> _Line:
         _ms(ended - report.started),
         usage.prompt_tokens,
         usage.completion_tokens,
-        msgspec.UNSET if usage.source is _NODE else usage.source,
+        _UNSET if usage.source is _NODE else usage.source,
         report.status,
         report.ending,
-        report.continuations or msgspec.UNSET,
-        report.error or msgspec.UNSET,
+        report.continuations or _UNSET,
+        report.error or _UNSET,
         "request",
         "info",
         timestamp,

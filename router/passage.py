@@ -9,6 +9,7 @@ from functools import partial
 from math import inf
 
 import msgspec
+from aiohttp import hdrs
 
 from router import flows, log
 from router.beside import beside
@@ -230,7 +231,7 @@ class Passage(msgspec.Struct, eq=False):
 
     def _forwarded(self) -> Sequence[Header]:
         request = self.request
-        connection = request.headers.getall("Connection", None)
+        connection = request.headers.getall(hdrs.CONNECTION, None)
         headers = forwarded(request.raw_headers, connection, self.means.via)
         return tuple(without(headers, _ENCODING)) if self.unpacked else headers
 

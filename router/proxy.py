@@ -6,6 +6,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
 
+from aiohttp import hdrs
+
 from router import downstream, flows
 from router.admission import Held
 from router.beside import beside
@@ -78,7 +80,8 @@ class Proxy:
     ) -> Reply:  # fmt: skip
         settings, route = self.means.settings, asked.route
         plain: bytes | bytearray
-        if len(body) <= dialect.QUICK_BYTES and not route.form and _is_plain(request):
+        as_it_is = held is None or _is_plain(request)  # what is not held was looked at already
+        if len(body) <= dialect.QUICK_BYTES and not route.form and as_it_is:
             call, plain = dialect.parse(route, body, exact_usage=settings.exact_usage), body
         else:
             call, plain = await _ask(request, route, body, exact_usage=settings.exact_usage)
@@ -160,7 +163,7 @@ def _reworded(
 
 
 def _is_plain(request: Request) -> bool:
-    return "Content-Encoding" not in request.headers
+    return hdrs.CONTENT_ENCODING not in request.headers
 
 
 async def _ask(
@@ -168,11 +171,11 @@ async def _ask(
 ) -> tuple[Call, bytes | bytearray]:
     """What a request asks, and its body as it was before it was compressed. What may take a
     while happens in a thread."""
-    encoding = request.headers.get("Content-Encoding")
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None and bodies.is_packed(route, encoding):
         return await _unpack(route, body)
     if route.form:
-        kind = request.headers.get("Content-Type", "")
+        kind = request.headers.get(hdrs.CONTENT_TYPE, "")
         parse = partial(bodies.parse_form, route, body, content_type=kind)
     else:
         parse = partial(dialect.parse, route, body, exact_usage=exact_usage)

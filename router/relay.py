@@ -140,7 +140,7 @@ class Relay:
         report = self._report
         report.status = exchange.status
         report.streamed = self._framing is not _WHOLE
-        if self._framing not in _RECORD_ENDS:
+        if self._kept is not None and self._framing not in _RECORD_ENDS:
             self._lose()
         self._framed = length is not None or exchange.chunked
         try:

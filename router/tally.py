@@ -1,12 +1,14 @@
 """What requests have come to, cheap to add to; Prometheus families are made of it at a scrape.
 
 A request touches ten series. prometheus_client's own children take a lock for each of them and
-walk the buckets one by one; here it is a bisection and an addition, in the one thread there is.
+walk the buckets one by one; here samples are collected, and sorted into buckets some hundred at a
+time, in the one thread there is.
 """
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -22,31 +24,44 @@ _FINE_SECONDS = (0.0001, 0.00025, 0.0005, *SECONDS)
 _WHERE = ("endpoint", "model", "node")
 # load_duration of a warm model is a few milliseconds; anything longer had to load.
 _COLD_LOAD_S = 0.1
+_SETTLED = 256  # so many requests at a time
 _SEVERAL = "several"  # the node of a request that went to more than one
 # A look-up in the module is a third of the price of one in the enum.
 _OK, _NODE = Ending.OK, Source.NODE
 
 
 class Spread:
-    """A histogram: how many samples lie up to each bound, and their sum."""
+    """A histogram: how many samples lie up to each bound, and their sum. `add` takes a sample."""
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    __slots__ = ("_bounds", "_counts", "_new", "_sum", "add")
 
     def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
+        self._new: list[float] = []  # samples that are not sorted in yet
+        self.add = self._new.append
 
-    def add(self, sample: float) -> None:
-        self._counts[bisect_left(self._bounds, sample)] += 1
-        self._sum += sample
+    def settle(self) -> None:
+        """Sort in what was added."""
+        new, done = self._new, 0
+        if not new:
+            return
+        new.sort()
+        self._sum += sum(new)
+        for place, bound in enumerate((*self._bounds, inf)):
+            up_to = bisect_right(new, bound, done)
+            self._counts[place] += up_to - done
+            done = up_to
+        new.clear()
 
     def fill(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Put it into a family, with counts that add up as Prometheus wants them."""
+        self.settle()
         buckets, total = [], 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+        for bound, count in zip((*self._bounds, inf), self._counts, strict=True):
             total += count
-            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), total))
+            buckets.append(("+Inf" if bound == inf else str(float(bound)), total))
         family.add_metric(labels, buckets, self._sum)
 
 
@@ -56,7 +71,7 @@ class _Place:
     __slots__ = ("chunks", "completion", "duration", "endings", "prompt", "tpot", "ttft")
 
     def __init__(self) -> None:
-        self.endings: Counter[Ending] = Counter()
+        self.endings = dict.fromkeys(Ending, 0)
         self.duration = Spread()
         self.ttft = Spread()
         self.tpot = Spread()
@@ -95,9 +110,13 @@ class Tally(Collector):
         self._decisions: Counter[str] = Counter()
         self._begins: dict[str, tuple[Spread, Spread]] = {}  # as they were, and as expected
         self._continuations: Counter[Continued] = Counter()
+        self._unsettled = 0
 
     def count(self, report: Report, ended: float) -> None:
         """Add a request that ended at `ended` (monotonic seconds)."""
+        self._unsettled += 1
+        if self._unsettled >= _SETTLED:
+            self._settle()
         model = report.model if report.known or not report.model else "unknown"
         # Sets of nodes would be as many label values as there are sets.
         node = report.node if "," not in report.node else _SEVERAL
@@ -108,7 +127,7 @@ class Tally(Collector):
         place.count(report, ended)
         if report.reason:
             self._decisions[report.reason] += 1
-        if report.expected_s is not None:
+        if report.streamed and report.expected_s is not None:
             self._begin(report, report.expected_s)
         if report.attempts > 1:
             self._retries[report.endpoint] += report.attempts - 1
@@ -120,10 +139,24 @@ class Tally(Collector):
         if load_s is not None and load_s >= _COLD_LOAD_S:
             self._loads.setdefault((model, report.node), Spread()).add(load_s)
 
+    def _settle(self) -> None:
+        """Samples take memory until they are sorted in."""
+        self._unsettled = 0
+        for spread in self._all():
+            spread.settle()
+
+    def _all(self) -> Iterator[Spread]:
+        for place in self._places.values():
+            yield from (place.duration, place.ttft, place.tpot)
+        for begins in self._begins.values():
+            yield from begins
+        yield from self._loads.values()
+        yield self._overhead
+
     def _begin(self, report: Report, expected_s: float) -> None:
-        """Add when a stream began, beside when it was to. Others begin when they are over."""
+        """Add when a stream began, beside when it was to. What is none begins when it is over."""
         first_at = report.first_at
-        if first_at is None or report.ending is not _OK or not report.streamed:
+        if first_at is None or report.ending is not _OK:
             return
         if report.continuations:
             return  # the node that it began on is not the last

@@ -63,8 +63,8 @@ def request_head(
         lines += own.values()
         headers = without(headers, frozenset(own))
     lines += passing.lines(headers)
-    head = b"\r\n".join(lines)
-    if len(head) - len(head.translate(None, b"\r\n\0")) != 2 * (len(lines) - 1):
+    head, ends = b"\r\n".join(lines), len(lines) - 1
+    if head.count(b"\r") != ends or head.count(b"\n") != ends or b"\0" in head:
         raise ValueError("a header with CR, LF or NUL in it")
     return head + b"\r\n\r\n"
 
