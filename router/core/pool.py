@@ -375,7 +375,10 @@ class Pool:
         node = self.registry.nodes.get(url)
         if node is None:
             return ()
+        listed = node.present
         self.registry.learn(node, seen)
+        if node.present is not listed:
+            self._scheduler.scores.costs.forget()  # models may have other sizes
         if seen.resident is not None and node.schedules:
             self._scheduler.scores.see(node, now, seen.wall)
             self._touched.add(node)

@@ -255,9 +255,9 @@ class Scores:
         blocks, (tokens, cut, out) = work.blocks, size
         found, least, flight, others = None, inf, 0, inf
         for node in nodes:
-            memory, price = memories.get(node), costs.of(node, key)
-            loaded = None if memory is None else memory.loaded.get(node.runner(key))
-            if memory is None or loaded is None:
+            memory, price = memories.get(node) or self.memory(node), costs.of(node, key)
+            loaded = memory.loaded.get(node.runner(key))
+            if loaded is None:
                 others = min(others, _least_s(size, price))
                 continue
             slower = 1.0 if len(memory.loaded) <= memory.gpus else contention(memory, loaded)

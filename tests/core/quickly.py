@@ -10,7 +10,7 @@ from router.core.types import Rejected
 
 def agrees(pool: Pool, attempt: Attempt, now: float) -> bool:
     """Whether a request that came now would have the best node, were it given one at once. True
-    where it would not. Nothing is changed."""
+    where it would not."""
     found, scores = pool.registry.eligible_now(attempt, now), pool._scheduler.scores
     model = attempt.target.model
     if isinstance(found, Rejected) or not found.nodes[0].schedules or model is None:
@@ -20,6 +20,7 @@ def agrees(pool: Pool, attempt: Attempt, now: float) -> bool:
     quick = scores.at_once(one, size, found.nodes, now)
     scores.begin()
     best = scores.best(one, size, found.nodes, (), now)
+    scores.begin()
     if quick is None:
         return True
     node, loaded, delay = quick

@@ -206,6 +206,14 @@ def test_a_load_is_better_than_a_long_wait() -> None:
     assert yard.ask("x2") == "a load"
 
 
+def test_a_node_that_does_not_tell_what_it_has_in_memory_counts_as_empty() -> None:
+    yard = Yard(a=Has("x", slots=4), b=Has(slots=4))
+    del yard.pool._scheduler.scores.memories[yard.pool.registry.nodes[url("b")]]
+    yard.ask("x0", flow="other")
+    yard.end("x0")
+    assert [yard.ask(f"x{i}", flow="f", out=10) for i in range(1, 5)] == ["a warm"] * 4
+
+
 def test_a_short_wait_is_better_than_a_slow_node_that_is_free() -> None:
     yard = Yard(a=Has("x"), b=Has("x"))
     yard.ask("x0", pin="a")
@@ -615,6 +623,20 @@ def test_what_was_learned_goes_before_what_is_guessed() -> None:
     told = Usage(1000, 50, eval_s=5.0, prompt_s=10.0)
     yard.pool.learn(url("a"), "x:latest", told, "", 0, yard.now)
     assert yard.terms("x", tokens=100, out=10) == {"a": terms(0, 0, 1.0 + 0.3)}
+
+
+def test_a_model_that_has_another_size_now_is_loaded_for_as_long_as_that_takes() -> None:
+    yard = Yard(a=Has("y", gpus=(20,)))
+    yard.ask("y1")
+    yard.end("y1")
+    yard.served("y")
+    assert yard.terms("x") == {"a": terms(0, PRICE_S, 0.3)}
+    grown = {**models("y"), "x:latest": Model("x:latest", "", {"size": 7_000_000_000})}
+    yard.pool.observe(url("a"), Observation(present=grown), yard.now)
+    yard.ask("y2")
+    yard.end("y2")
+    yard.pool.learn(url("a"), "y:latest", Usage(0, 100, eval_s=1.0), "", 0, yard.now)
+    assert yard.terms("x") == {"a": terms(0, 1.5 * (1 + 3.5), 0.6)}
 
 
 # When no node can have it.
