@@ -108,9 +108,7 @@ class Gate:
                 asked = Asked(route, path, query, None if pin is None else self._scope(pin))
                 if route.kind is not _LOCAL:
                     forward = self.proxy.relay if route.kind is _ROUTED else self.manage.handle
-                    return await forward(
-                        request, report, asked, _lines(allowed) if allowed else b""
-                    )
+                    return await forward(request, report, asked, _lines(allowed))
                 answer = await self._listed(asked)
             elif pin is not None:
                 _lead_back(answer, pin)
@@ -233,6 +231,8 @@ class Gate:
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:
+    if not headers:
+        return b""
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
 

@@ -20,15 +20,14 @@ class Demand:
         seen = self._seen
         before, at = seen.pop(key, (0.0, now))  # the one that was asked for longest ago is first
         if now - at >= _AT_ONCE_S:
-            before, at = before * exp((at - now) / _FORGOTTEN_S), now
+            before, at = _left(before, at, now), now
         seen[key] = before + amount, at
         if len(seen) > _MODELS_MAX:
             del seen[next(iter(seen))]
 
     def total(self, key: str, now: float) -> float:
         """How much there has been, with what is five minutes ago counting as a third."""
-        amount, at = self._seen.get(key, (0.0, now))
-        return amount * exp((at - now) / _FORGOTTEN_S)
+        return _left(*self._seen.get(key, (0.0, now)), now)
 
     def rate(self, key: str, now: float) -> float:
         """How much there is in a second."""
@@ -37,3 +36,8 @@ class Demand:
     def forget(self, key: str) -> None:
         """As if there had been none."""
         self._seen.pop(key, None)
+
+
+def _left(amount: float, at: float, now: float) -> float:
+    """What still counts of so much."""
+    return amount * exp((at - now) / _FORGOTTEN_S)

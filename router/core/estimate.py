@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from math import exp, log
+from typing import TypeVar
 
 import msgspec
 
@@ -15,6 +16,8 @@ _LOAD_S, _LOAD_BYTES_PER_S = 1.0, 2e9
 _TOKENS = 300.0  # of an answer
 _MEAN = 1 / 16
 _MEANS_MAX = 4096
+
+_K = TypeVar("_K")
 
 
 class Cost(msgspec.Struct, frozen=True, eq=False):
@@ -87,13 +90,15 @@ class Lengths:
 
     def learn(self, key: str, flow: str, tokens: int) -> None:
         """Take the length of one answer."""
-        # What moved longest ago makes room.
-        by_model, by_flow, own = self._by_model, self._by_flow, (key, flow)
-        before = by_model.pop(key, tokens)
-        mean = by_model[key] = before + _MEAN * (tokens - before)
-        if len(by_model) > _MEANS_MAX:
-            del by_model[next(iter(by_model))]
-        before = by_flow.pop(own, mean)
-        by_flow[own] = before + _MEAN * (tokens - before)
-        if len(by_flow) > _MEANS_MAX:
-            del by_flow[next(iter(by_flow))]
+        mean = _follow(self._by_model, key, tokens, tokens)
+        _follow(self._by_flow, (key, flow), mean, tokens)
+
+
+def _follow(means: dict[_K, float], key: _K, first: float, seen: float) -> float:
+    """Move a mean towards what was seen, from `first` on; the one that moved longest ago makes
+    room."""
+    before = means.pop(key, first)
+    mean = means[key] = before + _MEAN * (seen - before)
+    if len(means) > _MEANS_MAX:
+        del means[next(iter(means))]
+    return mean

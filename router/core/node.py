@@ -252,8 +252,7 @@ class Node:
             if outcome.told:
                 replica.share.good(now, ground.rules.window_s)
                 replica.breaker.run = self.breaker.run = 0  # both are closed
-                if self.answered:
-                    self.answered.clear()
+                self.answered.clear()
             return ()
         before = self.breaker.state, replica.breaker.state
         if failure is not None:

@@ -362,7 +362,7 @@ class Pool:
         held = self._leases[lease.attempt]
         node = held.node
         one = (
-            self._scheduler.scores.memory(node).loaded.get(node.runner(held.key))
+            self._scheduler.scores.memories[node].loaded.get(node.runner(held.key))
             if held.placed is not None
             else node.resides(held.key)
         )
@@ -423,7 +423,7 @@ class Pool:
         return [
             Learned(
                 node.spec.name, node.speeds(),
-                copy(self._scheduler.scores.memory(node).loads) if self.schedules else None,
+                copy(self._scheduler.scores.memories[node].loads) if self.schedules else None,
             )
             for node in self.registry.nodes.values()
         ]  # fmt: skip

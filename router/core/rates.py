@@ -9,7 +9,6 @@ _TIMES = 3.0  # how often the expected time may pass: a limit is no estimate
 _COLD_S = 0.1  # a model that is in memory is found in a few milliseconds
 _LONG_TOKENS = 64  # prefill of fewer says more of what each request costs at least
 _FOLLOWED = 8  # answers that a mean follows
-_MEAN = 1 / _FOLLOWED  # how much the newest one weighs in it
 _SLOWER, _FASTER, _FAR_FASTER = 1 / 2, 1 / 8, 1 / 256
 _EASED = 31 / 32  # what an answer in time leaves of the room that a late one was given
 _ROOM = 64.0
@@ -92,12 +91,11 @@ class Rates:
         if told.eval_s and told.completion_tokens:
             self.answers += 1
             # The first ones count in full, or nothing would count for long.
-            weight = 1 / self.answers if self.answers < _FOLLOWED else _MEAN
+            weight = 1 / min(self.answers, _FOLLOWED)
             self.prompt_s += weight * ((prompt_s or 0.0) - self.prompt_s)
             self.eval_s += weight * (told.eval_s - self.eval_s)
             self.out_tokens += weight * (told.completion_tokens - self.out_tokens)
-            if self._room > 1:
-                self._room = max(1.0, self._room * _EASED)
+            self._room = max(1.0, self._room * _EASED)
 
     def late(self) -> None:
         """An answer was given up before its first byte: the limit was perhaps too short, and a

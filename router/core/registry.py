@@ -143,12 +143,8 @@ class Registry:
         if self._known_at != self.revision:
             self._known, self._known_at = {}, self.revision
         known = self._known.get(key)
-        if known is not None:
-            for node in known.nodes:
-                if node.troubled:
-                    break
-            else:
-                return known
+        if known is not None and not [1 for node in known.nodes if node.troubled]:
+            return known
         found = policy.eligible(self.pools, target, (), self._resilience, now)
         calm = not any(node.troubled for node in self.nodes.values())
         if calm and isinstance(found, Eligible) and found.then is None:

@@ -61,11 +61,11 @@ class Room:
         waited_s = now - one.since
         if waited_s < _PATIENCE_S:
             return
-        if any(self._scores.memory(node).wanted == node.runner(one.key) for node in nodes):
+        if any(self._scores.memories[node].wanted == node.runner(one.key) for node in nodes):
             return
         best, least = None, inf
         for node in nodes:
-            memory, runner = self._scores.memory(node), node.runner(one.key)
+            memory, runner = self._scores.memories[node], node.runner(one.key)
             if memory.wanted or memory.loading is not None or runner in memory.loaded:
                 continue
             need = need_bytes(node, memory, one.key)

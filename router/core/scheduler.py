@@ -159,7 +159,7 @@ class Scheduler:
         self.scores.costs.learn(node, key, flow, told)
         waited_s = told.waited_s if node.spec.auto else None
         if waited_s is not None and told.total_s is not None:
-            learned = self.scores.memory(node).learned(node.runner(key))
+            learned = self.scores.memories[node].learned(node.runner(key))
             learned.learn(place, waited_s, told.total_s - (told.load_s or 0.0), now)
 
     def weigh(

@@ -10,13 +10,13 @@ from router.core.estimate import Cost
 from router.core.memory import Loaded, Memory, Run
 from router.core.node import Node
 from router.core.policy import Attempt
-from router.core.prefix import BLOCK_TOKENS
 from router.core.queue import Waiting
 from router.core.seat import (
     FIRST_SHARE,
     Delay,
     Seat,
     absent,
+    answer_s,
     contention,
     loading_s,
     slots_now,
@@ -35,12 +35,20 @@ _LEAST_LOSS_S = 1.0  # where nobody waits for the load
 _SETTLED_LOADS = 4.0  # a model stays at least so many times as long as it took to load
 
 
+class _Memories(dict[Node, Memory]):
+    """What is known of each node's; nothing of one that was never asked for."""
+
+    def __missing__(self, node: Node) -> Memory:
+        made = self[node] = Memory(node.spec.gpus)
+        return made
+
+
 class Scores:
     """What is known of nodes, and what that is worth in one pass. `queued`: what waits, by
     model."""
 
     def __init__(self, queued: Mapping[str, Collection[Waiting]]) -> None:
-        self.memories: dict[Node, Memory] = {}
+        self.memories = _Memories()
         self._queued = queued
         self.costs = Costs()
         self._demand = Demand()
@@ -61,15 +69,9 @@ class Scores:
             memory.configure(node.spec.gpus)
         self.costs.forget()
 
-    def memory(self, node: Node) -> Memory:
-        found = self.memories.get(node)
-        if found is None:
-            found = self.memories[node] = Memory(node.spec.gpus)
-        return found
-
     def see(self, node: Node, now: float, wall: float) -> None:
         """Take what the node has in its memory."""
-        memory = self.memory(node)
+        memory = self.memories[node]
         self.costs.forget()
         memory.see(node.in_memory, now, wall)
         memory.keep(node.runners)
@@ -106,7 +108,7 @@ class Scores:
     ) -> None:
         """What was at work there has ended: a request on `loaded`, or else a preload or what was
         adopted, wherever it is."""
-        memory = self.memories.get(node) or self.memory(node)
+        memory = self.memories[node]
         if loaded is None:
             loaded = next((one for one in memory.loaded.values() if attempt in one.runs), None)
         if loaded is not None:
@@ -118,13 +120,12 @@ class Scores:
         """Count a request for this model. Gives what it takes of whichever node answers it:
         seconds of a slot, as guessed from the model's size alone."""
         self._demand.count(key, now)
-        tokens, cut, out = size
-        if work.blocks and not cut:
-            there = (self.memory(node).loaded.get(node.runner(key)) for node in nodes)
+        known = 0
+        if work.blocks:
+            there = (self.memories[node].loaded.get(node.runner(key)) for node in nodes)
             known = max(0 if one is None else one.prefixes.common(work.blocks) for one in there)
-            tokens = max(0, tokens - BLOCK_TOKENS * known)
-        price = self.costs.guessed(nodes[0], key)
-        return tokens * price.prefill_s + out * price.decode_s
+        first_s, out_s = answer_s(size, known, self.costs.guessed(nodes[0], key), 1.0)
+        return first_s + out_s
 
     # What a node is worth now.
 
@@ -139,7 +140,7 @@ class Scores:
 
     def resides(self, node: Node, key: str) -> bool:
         """Whether it has a model in memory, or on its way there."""
-        return node.runner(key) in self.memory(node).loaded
+        return node.runner(key) in self.memories[node].loaded
 
     def seat(self, node: Node, key: str, now: float) -> Seat:
         seats = self._seats.setdefault(key, {})
@@ -149,7 +150,7 @@ class Scores:
         return found
 
     def _look(self, node: Node, key: str, now: float) -> Seat:
-        memory, runner = self.memory(node), node.runner(key)
+        memory, runner = self.memories[node], node.runner(key)
         loaded = memory.loaded.get(runner)
         if loaded is None:
             return self._absent(node, runner, memory, key, now)
@@ -213,7 +214,7 @@ class Scores:
     def preload_s(self, node: Node, key: str, now: float) -> float | None:
         """What it costs to load a model there that nobody waits for; None where it must not be
         now: those that wait go first, and what is kept there stays."""
-        memory = self.memory(node)
+        memory = self.memories[node]
         loaded = memory.loaded.get(node.runner(key))
         if loaded is not None and loaded.runs:
             return None  # it works there already, by another name
@@ -230,7 +231,7 @@ class Scores:
 
     def preload(self, attempt: Attempt, node: Node, key: str, now: float) -> None:
         """A node is asked to load a model for nobody."""
-        memory, load_s = self.memory(node), self.costs.of(node, key).load_s
+        memory, load_s = self.memories[node], self.costs.of(node, key).load_s
         need = need_bytes(node, memory, key)
         loaded = memory.load(node.runner(key), key, need, None, now + load_s, now)
         loaded.runs[attempt] = Run(now, load_s, 0.0)
@@ -238,7 +239,7 @@ class Scores:
     def adopt(self, attempt: Attempt, node: Node, key: str, now: float) -> bool:
         """A request is at work there that nobody has placed, and may end at any time. Says whether
         it is on what is in memory."""
-        loaded = self.memory(node).loaded.get(node.runner(key))
+        loaded = self.memories[node].loaded.get(node.runner(key))
         if loaded is None:
             return False
         loaded.runs[attempt] = Run(now, 0.0, 0.0)
@@ -251,29 +252,22 @@ class Scores:
     ) -> tuple[Node, Loaded, Delay] | None:
         """The same as `best`, where that has a free slot, and has the model as it is asked for;
         and where none of the others needs a closer look to tell, as they cannot be better."""
-        work, key, memories, costs = one.attempt.work, one.key, self.memories, self.costs
-        blocks, (tokens, cut, out) = work.blocks, size
+        work, key = one.attempt.work, one.key
         found, least, flight, others = None, inf, 0, inf
         for node in nodes:
-            memory, price = memories.get(node) or self.memory(node), costs.of(node, key)
+            memory, price = self.memories[node], self.costs.of(node, key)
             loaded = memory.loaded.get(node.runner(key))
             if loaded is None:
                 others = min(others, _least_s(size, price))
                 continue
-            slower = 1.0 if len(memory.loaded) <= memory.gpus else contention(memory, loaded)
-            read, known = tokens, 0
-            if blocks:
-                known = loaded.prefixes.common(blocks)
-                read = tokens if cut else max(0, tokens - known * BLOCK_TOKENS)
-            first_s = read * price.prefill_s * slower
-            out_s = out * price.decode_s * slower
+            known = loaded.prefixes.common(work.blocks) if work.blocks else 0
+            first_s, out_s = answer_s(size, known, price, contention(memory, loaded))
             total_s = first_s + FIRST_SHARE * out_s
-            spec = node.spec
-            slots = slots_now(spec, memory, loaded, now) if spec.auto else spec.slots
+            slots = slots_now(node.spec, memory, loaded, now)
             taken = slots <= len(loaded.runs) or loaded.ready is not None
             if taken or memory.leaving or loaded.differs(work):
                 others = min(others, total_s)
-            elif total_s < least or (total_s == least and node.in_flight < flight):
+            elif (total_s, node.in_flight) < (least, flight):
                 least, flight = total_s, node.in_flight
                 found = node, loaded, Delay(total_s, 0.0, 0.0, first_s, out_s, known, True)
         return found if least < others else None
@@ -284,7 +278,7 @@ class Scores:
         """Where a request costs least, and what; None where no node can have it. Where it would
         have to be loaded is only looked at if that could be less."""
         found, least, flight = None, inf, 0
-        memories, costs, key = self.memories, self.costs, one.key
+        costs, key = self.costs, one.key
         seats = self._seats.setdefault(key, {})
         cold: list[Node] = []  # looked at after the others
         for some in (nodes, cold):
@@ -293,7 +287,7 @@ class Scores:
                     continue
                 seat = seats.get(node)
                 if seat is None:
-                    memory, runner = memories.get(node) or self.memory(node), node.runner(key)
+                    memory, runner = self.memories[node], node.runner(key)
                     loaded = memory.loaded.get(runner)
                     if loaded is not None:
                         seat = seats[node] = there(node, memory, loaded, costs.of(node, key), now)
@@ -305,16 +299,13 @@ class Scores:
                     else:
                         seat = seats[node] = self._absent(node, runner, memory, key, now)
                 delay = self.delay(one, size, seat, now)
-                if delay is None or delay.total_s > least:
-                    continue
-                if delay.total_s < least or node.in_flight < flight:
+                if delay is not None and (delay.total_s, node.in_flight) < (least, flight):
                     found, least, flight = (seat, delay), delay.total_s, node.in_flight
         return found
 
     def delay(self, one: Waiting, size: Size, seat: Seat, now: float) -> Delay | None:
         """What this node would cost it; None where it cannot have it."""
-        loaded, work = seat.loaded, one.attempt.work
-        tokens, cut, out = size
+        loaded, memory, work = seat.loaded, seat.memory, one.attempt.work
         wait_s = load_s = 0.0
         known, at_once = 0, True
         if loaded is None:
@@ -322,8 +313,7 @@ class Scores:
                 return None
             load_s = self._load_s(one, seat, now)
         else:
-            memory, anew = seat.memory, loaded.differs(work)
-            leaves = loaded.key in memory.leaving
+            anew, leaves = loaded.differs(work), loaded.key in memory.leaving
             if leaves and memory.wanted != loaded.key:
                 return None
             if anew or leaves:
@@ -335,11 +325,7 @@ class Scores:
                 load_s = self._load_s(one, seat, now)
             elif work.blocks:
                 known = loaded.prefixes.common(work.blocks)
-                if not cut:
-                    tokens = max(0, tokens - known * BLOCK_TOKENS)
-        price, contention = seat.cost, seat.contention
-        first_s = tokens * price.prefill_s * contention
-        out_s = out * price.decode_s * contention
+        first_s, out_s = answer_s(size, known, seat.cost, seat.contention)
         total_s = wait_s + load_s + first_s + FIRST_SHARE * out_s
         return Delay(total_s, wait_s, load_s, first_s, out_s, known, at_once)
 

@@ -5,10 +5,12 @@ from heapq import heapreplace
 
 import msgspec
 
+from router.core.costs import Size
 from router.core.estimate import Cost
 from router.core.memory import Loaded, Memory, overdue_s
 from router.core.node import Node
 from router.core.policy import Attempt
+from router.core.prefix import BLOCK_TOKENS
 from router.core.types import NodeSpec, Reason
 
 _CONTENTION = 0.7
@@ -100,9 +102,8 @@ class Seat(msgspec.Struct, eq=False):
 
 def there(node: Node, memory: Memory, loaded: Loaded, price: Cost, now: float) -> Seat:
     """What is in memory, or on its way there."""
-    slots = slots_now(node.spec, memory, loaded, now)
+    slots, slower = slots_now(node.spec, memory, loaded, now), contention(memory, loaded)
     free = slots - len(loaded.runs) if loaded.ready is None else 0
-    slower = 1.0 if len(memory.loaded) <= memory.gpus else contention(memory, loaded)
     return Seat(node, loaded.key, memory, loaded, price, slower, slots, free, now)
 
 
@@ -117,8 +118,19 @@ def absent(
 
 def contention(memory: Memory, loaded: Loaded | None) -> float:
     """How much longer all takes for what else is at work on the same GPUs."""
+    if loaded is not None and len(memory.loaded) <= memory.gpus:
+        return 1.0
     others = len([1 for one in memory.loaded.values() if one.runs and one is not loaded])
     return 1 + _CONTENTION * max(0, others + 1 - memory.gpus) / memory.gpus
+
+
+def answer_s(size: Size, known: int, price: Cost, slower: float) -> tuple[float, float]:
+    """What of an answer comes before its first token, of whose prompt so many blocks are in the
+    cache, and the rest. Of a prompt that is cut none of them is of use."""
+    tokens, cut, out = size
+    if known and not cut:
+        tokens = max(0, tokens - known * BLOCK_TOKENS)
+    return tokens * price.prefill_s * slower, out * price.decode_s * slower
 
 
 def slots_now(spec: NodeSpec, memory: Memory, loaded: Loaded, now: float) -> int:

@@ -18,11 +18,10 @@ def agrees(pool: Pool, attempt: Attempt, now: float) -> bool:
     one = Waiting(attempt, model.key, Flow("w"), now, 0.0, 0)
     size = scores.costs.size(attempt.work, one.key)
     quick = scores.at_once(one, size, found.nodes, now)
-    scores.begin()
-    best = scores.best(one, size, found.nodes, (), now)
-    scores.begin()
     if quick is None:
         return True
+    scores.begin()
+    best = scores.best(one, size, found.nodes, (), now)
     node, loaded, delay = quick
     return (
         best is not None

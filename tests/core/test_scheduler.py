@@ -508,7 +508,7 @@ def test_room_that_is_made_for_one_name_is_there_for_the_other() -> None:
     yard.ask("z1", out=10_000)
     yard.ask("v1")
     yard.settle(9)
-    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memories[yard.pool.registry.nodes[url("a")]]
     assert memory.wanted == "one"
     yard.ask("w1")
     yard.pool.leave(yard.asked.pop("v1"), Outcome(), yard.now)
@@ -543,7 +543,7 @@ def test_the_slots_that_a_model_has_are_told_of_all_its_names() -> None:
 
 def test_what_was_learned_of_a_model_is_forgotten_with_it() -> None:
     yard = Yard(a=Has("uv", present="uv"))
-    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memories[yard.pool.registry.nodes[url("a")]]
     assert memory.sizes.keys() == {"u:latest", "v:latest"}
     yard.pool.observe(url("a"), Observation(Sign.GOOD, "", models("u")), yard.now)
     yard.look("a", "u")
@@ -664,7 +664,7 @@ def test_after_eight_seconds_a_node_makes_room() -> None:
     assert yard.end("y1") == {}
     assert yard.end("y2") == {"x": "a load"}
     yard.begin("x")
-    assert yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")]).wanted == ""
+    assert yard.pool._scheduler.scores.memories[yard.pool.registry.nodes[url("a")]].wanted == ""
 
 
 def test_of_two_nodes_the_one_that_is_ready_first_makes_room() -> None:
@@ -1409,7 +1409,7 @@ def test_what_is_driven_out_costs_the_same_when_the_name_that_loaded_it_is_gone(
 def test_answers_of_the_model_that_had_the_name_before_tell_nothing_of_its_slots() -> None:
     yard = Yard(a=Has("x", auto=True, digest="old"))
     node = yard.pool.registry.nodes[url("a")]
-    slots = yard.pool._scheduler.scores.memory(node).learned("old")
+    slots = yard.pool._scheduler.scores.memories[node].learned("old")
     slots.sure = 8
     for i in range(8):
         yard.ask(f"x{i}")
@@ -1428,7 +1428,7 @@ def test_slots_are_learned_where_none_are_configured() -> None:
     for i in range(40):
         yard.ask(f"x{i}", out=400)
     came: dict[str, float] = {}
-    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memories[yard.pool.registry.nodes[url("a")]]
     served = 0
     while memory.learned("x:latest").sure < 4 and served < 30:
         came = dict.fromkeys(yard.leases, yard.now) | came

@@ -159,7 +159,7 @@ class SchedulingMachine(RuleBasedStateMachine):
             self.outright.add(attempt)
             return
         before = self.on(url, key) - 1
-        memory = self.pool._scheduler.scores.memory(self.nodes[url])
+        memory = self.pool._scheduler.scores.memories[self.nodes[url]]
         spec = self.specs[url]
         sure = memory.learned(key).sure
         most = sure + max(1, sure // 2) if spec.auto else spec.slots
@@ -323,7 +323,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         if not scheduler._shares.may(one):
             return
         for node in nodes:
-            memory = scheduler.scores.memory(node)
+            memory = scheduler.scores.memories[node]
             loaded = memory.loaded.get(node.runner(one.key))
             if loaded is None or loaded.ready is not None or loaded.key in memory.leaving:
                 continue

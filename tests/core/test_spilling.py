@@ -313,7 +313,7 @@ def test_room_is_made_no_longer_for_who_goes_to_another_pool() -> None:
     yard.ask("y1")
     yard.ask("x1")
     yard.settle(9.0)
-    memory = yard.pool._scheduler.scores.memory(yard.pool.registry.nodes[url("a")])
+    memory = yard.pool._scheduler.scores.memories[yard.pool.registry.nodes[url("a")]]
     assert memory.wanted == "x:latest"
     assert yard.settle(1.0) == {"x1": "b later-pool"}
     assert memory.wanted == ""
